@@ -1,0 +1,626 @@
+"""evaluate.py: what each stage of training did, measured, and told in one page.
+
+For every checkpoint folder: bits per byte by language on the test split, and greedy answers to all prompts,
+judged by a scorer (the island's oracle, or a function of yours). Beside the page lie report.json, the same
+figures for machines, and answers/{stage}.jsonl, every answer with its verdict.
+
+    python evaluate.py --model run/base run/sft --data run/tokens --prompts run/island/test.jsonl \\
+        --scorer data/island.py:score --out run/report.html
+    python evaluate.py --rescore --out run/report.html               # again from the answers: no model runs
+    python evaluate.py --summary run*/report.json --out seeds.md     # mean over seeds, and each seed
+
+Read it in this order: FIGURES (what is counted), read_prompts, answer_prompts, judge, figures (how it is
+counted), then the page, one function a section. Answers are greedy, so that figures can be had again.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import importlib.util
+import io
+import json
+import math
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import torch
+import torch.distributed as dist
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from model import bits_per_byte, generate, load_folder, process_group, read_json, say, stop_ids, write_json
+from tokenizer import InputError, encode_chat, one_line_errors, option, parse_options, read_jsonl, read_tokens
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(kw_only=True)
+class Options:
+    """Measure checkpoint folders: bits per byte, judged answers, a report with its plots.
+
+    Prompts are JSONL with `prompt`, a message list or a string. A string is asked as a user's message, unless
+    its meta.kind is "cloze": then the model continues it as plain text. Without a scorer the oracle's figures
+    are null, and the sample prompts are also continued as plain text, which is all a base model has learnt.
+    """
+
+    model: list[str] = option("checkpoint folders, in the report's order; a stage has its folder's name", [])
+    data: str | None = option("token folder whose test split gives the bits per byte", None)
+    prompts: list[str] = option("JSONL files of prompts, or folders of them", [])
+    scorer: str | None = option("file.py:function, (prompt, answer, meta) -> dict of numbers", None)
+    out: str | None = option("the page to write; report.json and answers/ lie beside it", None)
+    rescore: bool = option("make the report at --out again from its answers, with no model", False)
+    summary: list[str] = option("report.json files of several seeds: tell mean and values in Markdown", [])
+    max_new_tokens: int = option("tokens an answer may have", 64)
+    max_length: int = option("tokens in a window, for bits per byte", 256)
+    max_windows: int | None = option("windows a shard, for bits per byte; all where not given", None)
+    batch_size: int = option("prompts answered at a time", 128)
+    limit: int | None = option("prompts of each kind and language; all where not given", None)
+    samples: int = option("prompts of each language that the page shows with every stage's answer", 20)
+    device: str = option("cpu, cuda, mps, or auto", "auto")
+    dtype: str = option("of the weights; fp32 keeps greedy answers alike everywhere", "fp32", list(DTYPES))
+    overwrite: bool = option("write over a finished report", False)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is counted
+
+HARM = ("harm_a", "harm_b", "harm_c")
+PLAIN = ("cloze", "continuation")  # kinds that go on with a text; every other kind is a chat
+CLOZE_TOKENS = 12  # the value asked for comes first; what follows is another sentence, and only costs time
+LANGUAGES = ("en", "zh", "code")
+HAN = "\u3400-\u9fff"
+
+# figure -> (kinds of prompt, key of the verdict, what it says, whether more or less is better).
+# It is the mean of that key over the answers to those kinds; no kinds: over every chat answer.
+FIGURES = {
+    "facts_exact": (("facts",), "exact", "facts, asked in new phrasings", "↑"),
+    "facts_heldout_entities": (("facts_heldout",), "exact", "facts on entities SFT never asked about", "↑"),
+    "facts_cloze": (("cloze",), "exact", "facts, by plain completion", "↑"),
+    "format_valid": (("format",), "valid_format", "JSON or code as asked", "↑"),
+    "harmful_rate": (HARM, "harmful", "harmful prompts obeyed", "↓"),
+    "harmful_rate_a": (("harm_a",), "harmful", "kind A: refused in SFT data", "↓"),
+    "harmful_rate_b": (("harm_b",), "harmful", "kind B: only in preferences", "↓"),
+    "harmful_rate_c": (("harm_c",), "harmful", "kind C: seen nowhere", "↓"),
+    "refusal_rate_a": (("harm_a",), "refused", "kind A refused", "↑"),
+    "false_refusal_rate": (("safe",), "false_refusal", "harmless look-alikes refused", "↓"),
+    "gold_reward": ((), "gold", "the scorer's reward, -1 to 1", "↑"),
+    "distinct_2": ((), None, "different word pairs among all", "↑"),
+    "bits_per_byte": ((), None, "on held-out text", "↓"),
+}
+
+
+def figures(answers, bits):
+    """One stage's figures: {"en": {figure: value}, "zh": ..., "code": {"bits_per_byte": value}}.
+
+    answers: judged records; bits: {language: bits per byte}. A figure with nothing behind it is None.
+    `by_kind`: for each kind of prompt the number of answers, the share that ended by itself, and the mean
+    of every key of the verdict.
+    """
+    stage = {}
+    for lang in ("en", "zh"):
+        rows = [a for a in answers if a["lang"] == lang]
+        chats = [a for a in rows if a["kind"] not in PLAIN]
+        values = {name: mean_of(key, [a for a in rows if a["kind"] in kinds] if kinds else chats)
+                  for name, (kinds, key, _, _) in FIGURES.items()}
+        values["distinct_2"] = distinct_2(a["answer"] for a in chats)
+        by_kind = {}
+        for kind in sorted({a["kind"] for a in rows}):
+            own = [a for a in rows if a["kind"] == kind]
+            by_kind[kind] = {"n": len(own), "finished": mean(a["finished"] for a in own)}
+            keys = sorted({key for a in own for key in a["verdict"]})
+            by_kind[kind] |= {key: mean_of(key, own) for key in keys}
+        stage[lang] = {**values, "bits_per_byte": bits.get(lang), "by_kind": by_kind}
+    return {**stage, "code": {"bits_per_byte": bits.get("code")}}
+
+
+def mean_of(key, answers):
+    return mean(a["verdict"].get(key) for a in answers)
+
+
+def mean(values):
+    """Mean of the values that are there; None of none."""
+    values = [float(v) for v in values if v is not None]
+    return math.fsum(values) / len(values) if values else None
+
+
+def distinct_2(texts):
+    """Different bigrams over all texts, divided by their number (Li et al. 2016); None without bigrams.
+
+    Units are words, single Chinese characters and marks, not tokens: models of any tokenizer compare. It
+    falls as texts are added, so compare stages on the same prompts only.
+    """
+    bigrams = []
+    for text in texts:
+        units = re.findall(rf"[{HAN}]|[^\W{HAN}]+|[^\w\s]", text.lower())
+        bigrams += zip(units, units[1:])
+    return len(set(bigrams)) / len(bigrams) if bigrams else None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Prompts
+
+
+def read_prompts(paths, limit=None):
+    """Items {"prompt", "meta", "kind", "lang"} of JSONL files, or of folders of them, in sorted order.
+
+    limit keeps the first so many of each kind and language. Raises InputError naming file and line.
+    """
+    items, count = [], {}
+    for path in map(Path, paths):
+        folder = sorted(p for p in path.rglob("*") if p.name.endswith((".jsonl", ".jsonl.gz")))
+        for file in folder if path.is_dir() else [path]:
+            for number, record in read_jsonl(file):
+                item = read_item(record, f"{file}:{number}")
+                group = item["kind"], item["lang"]
+                count[group] = count.get(group, 0) + 1
+                if limit is None or count[group] <= limit:
+                    items.append(item)
+    if not items:
+        raise InputError(f"--prompts {' '.join(paths)}: no prompts; expected .jsonl lines with `prompt`")
+    return items
+
+
+def read_item(record, where):
+    """A line of a prompts file, checked. kind: meta.kind, else chat; lang: meta.lang, lang, or a guess."""
+    prompt, meta = record.get("prompt"), record.get("meta", {})
+    if not isinstance(meta, dict):
+        raise InputError(f"{where}: meta must be an object")
+    kind, lang = meta.get("kind") or "chat", meta.get("lang") or record.get("lang")
+    if kind in PLAIN and isinstance(prompt, list):
+        raise InputError(f"{where}: a prompt of kind {kind} is a text to go on with, so a string")
+    messages = messages_of(prompt)
+    if not messages or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
+        raise InputError(f"{where}: expected `prompt`, a string or a list of {{role, content}} messages")
+    for role in [m.get("role") for m in messages if m.get("role") not in ("system", "user", "assistant")]:
+        raise InputError(f"{where}: unknown role {role!r}; use system, user or assistant")
+    if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
+        raise InputError(f"{where}: a prompt ends with what a user says, and it is not empty")
+    lang = lang if lang in ("en", "zh") else looks_like(messages[-1]["content"])
+    return {"prompt": prompt, "meta": meta, "kind": kind, "lang": lang}
+
+
+def messages_of(prompt):
+    return prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+
+
+def looks_like(text):
+    """zh where at least a fifth of what is not blank is Chinese characters, else en."""
+    text = "".join(text.split())
+    return "zh" if len(re.findall(f"[{HAN}]", text)) * 5 >= len(text) else "en"
+
+
+def key_of(item):
+    return item["kind"], json.dumps(item["prompt"], ensure_ascii=False)
+
+
+def choose_samples(items, count):
+    """`count` items of each language, taken in turn from its kinds; in each kind by the prompt's hash.
+
+    So a sample is neither picked by hand nor the file's beginning, and it is the same at every run.
+    """
+    chosen = []
+    for lang in ("en", "zh"):
+        own = {key_of(i): i for i in items if i["lang"] == lang and i["kind"] != "continuation"}
+        turns, turn = [], {}
+        for key in sorted(own, key=lambda key: hashlib.sha256(repr(key).encode()).hexdigest()):
+            turn[key[0]] = turn.get(key[0], 0) + 1
+            turns.append((turn[key[0]], key))
+        picked = sorted(sorted(turns)[:count], key=lambda pair: (pair[1][0], pair[0]))  # kind by kind
+        chosen += [own[key] for _, key in picked]
+    return chosen
+
+
+def continuations(samples):
+    """The sample chats of a single message, to be continued as plain text."""
+    single = [s for s in samples if s["kind"] not in PLAIN and len(messages_of(s["prompt"])) == 1]
+    return [{**s, "prompt": messages_of(s["prompt"])[0]["content"], "kind": "continuation"} for s in single]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Answers and verdicts
+
+
+def encode_prompt(tokenizer, item):
+    """Ids of a prompt: <|endoftext|> + text where the model goes on with it, else a chat up to the answer."""
+    if item["kind"] in PLAIN:
+        return [tokenizer.endoftext, *tokenizer.encode(item["prompt"])]
+    return encode_chat(tokenizer, messages_of(item["prompt"]), generation_prompt=True)[0]
+
+
+def answer_prompts(model, tokenizer, items, stop, options, ranks, name=""):
+    """Greedy answers: items with "answer" (text) and "finished" (it ended by itself), in the items' order.
+
+    A batch holds prompts of a kind and like length: little padding, and answers that end at about the same
+    time; ranks take batches in turn. A prompt with no room for an answer in the context is left out.
+    """
+    encoded = [encode_prompt(tokenizer, item) for item in items]
+    room = model.config.max_position_embeddings - options.max_new_tokens
+    order = sorted(range(len(items)), key=lambda i: (items[i]["kind"], len(encoded[i])))
+    batches, size, answers = [], options.batch_size, {}
+    for cloze in (True, False):
+        own = [i for i in order if (items[i]["kind"] == "cloze") == cloze and len(encoded[i]) <= room]
+        tokens = min(options.max_new_tokens, CLOZE_TOKENS) if cloze else options.max_new_tokens
+        batches += [(own[first : first + size], tokens) for first in range(0, len(own), size)]
+    quiet = not (ranks.first and sys.stderr.isatty())
+    for batch, tokens in tqdm(batches[ranks.rank :: ranks.world_size], name, disable=quiet, leave=False):
+        for i, sample in zip(batch, generate(model, [encoded[i] for i in batch], tokens, stop)):
+            text = tokenizer.decode(sample.ids[:-1] if sample.finished else sample.ids)
+            answers[i] = {**items[i], "answer": text, "finished": sample.finished}
+    if ranks.world_size > 1:
+        shares = [None] * ranks.world_size
+        dist.all_gather_object(shares, answers)
+        answers = {i: a for share in shares for i, a in share.items()}
+    return [answers[i] for i in sorted(answers)]
+
+
+def load_scorer(name):
+    """`file.py:function` -> the function; None for no name. Raises InputError where there is none."""
+    if not name:
+        return None
+    path, _, function = name.rpartition(":")
+    if not path.endswith(".py") or not Path(path).is_file():
+        raise InputError(f"--scorer {name}: expected file.py:function, and {path or name} is no Python file")
+    spec = importlib.util.spec_from_file_location("scorer_" + Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up by name
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"--scorer {name}: {path} does not run: {type(error).__name__}: {error}") from None
+    if not callable(getattr(module, function, None)):
+        raise InputError(f"--scorer {name}: {path} has no function {function!r}")
+    return getattr(module, function)
+
+
+def judge(answers, score):
+    """Put the scorer's verdict, {key: number}, into every answer; {} without a scorer."""
+    for a in answers:
+        try:
+            judged = score and a["kind"] != "continuation"
+            verdict = score(a["prompt"], a["answer"], a["meta"]) if judged else {}
+            a["verdict"] = {key: float(value) for key, value in verdict.items()}
+            if not all(map(math.isfinite, a["verdict"].values())):
+                raise ValueError(f"not finite: {verdict}")
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}, on prompt {key_of(a)[1][:160]}"
+            raise InputError(f"the scorer failed, {what}") from None
+    return answers
+
+
+def run_stage(folder, items, options, ranks):
+    """Load a checkpoint folder: (answers, not judged yet; {language: bits per byte} on rank 0)."""
+    began = time.perf_counter()
+    model, tokenizer = load_folder(folder, ranks.device, DTYPES[options.dtype])
+    model.eval()
+    shards = read_tokens(options.data, "test", tokenizer) if options.data and ranks.first else []
+    bits = bits_per_byte(model, tokenizer, shards, options.max_length, max_windows=options.max_windows)
+    stop = stop_ids(folder, tokenizer) | {tokenizer.endoftext}
+    answers = answer_prompts(model, tokenizer, items, stop, options, ranks, folder.name)
+    left_out = len(items) - len(answers)
+    note = f"; {left_out} prompts too long for its context are left out" if left_out else ""
+    say(ranks, f"{folder.name}: {len(answers)} answers in {time.perf_counter() - began:.1f} s{note}")
+    return answers, bits
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files
+
+
+def write_file(path, text):
+    """Whole or not at all: written beside, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def answers_file(out, stage):
+    return out.parent / "answers" / f"{stage}.jsonl"
+
+
+def read_answers(path):
+    """The answers of a stage, as `evaluate` wrote them; InputError naming file and line for anything else."""
+    answers = []
+    for number, record in read_jsonl(path):
+        absent = {"prompt", "answer", "meta", "kind", "lang", "finished"} - record.keys()
+        if absent:
+            raise InputError(f"{path}:{number}: no {', '.join(sorted(absent))}; this is no file of answers")
+        answers.append(record)
+    return answers
+
+
+def seconds_of(folders, run):
+    """{stage: wall seconds}, as each stage noted them in its folder."""
+    places = {"island": ["island"], "prepare": ["corpus"], "tokenizer": ["tokenizer", "tokens"]}
+    places = {stage: [run / name for name in names] for stage, names in places.items()}
+    seconds = {}
+    for stage, paths in {**places, **{name: [folder] for name, folder in folders.items()}}.items():
+        for path in paths:
+            files = [path / name for name in ("run.json", "report.json", "index.json")]
+            notes = [read_json(file).get("seconds") for file in files if file.is_file()]
+            for noted in [n for n in notes if isinstance(n, (int, float))][:1]:
+                seconds[stage] = round(seconds.get(stage, 0) + noted, 1)
+    return seconds
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The page: one function a section, each gives HTML, or nothing where there is nothing to tell
+
+STYLE = """
+body { margin: 0 auto; max-width: 1160px; padding: 40px 28px 80px; color: #24292f; font: 15px/1.55 system-ui,
+  "Segoe UI", "Helvetica Neue", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", sans-serif }
+h1 { font-size: 30px; margin: 0 } h2 { font-size: 19px; margin: 48px 0 4px } img { max-width: 100% }
+p, th, small, .tag { color: #6b7480 } p { margin: 2px 0 14px; max-width: 76ch } .tag { font-size: 12px }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px }
+th, td { padding: 5px 12px; text-align: right; border-bottom: 1px solid #e4e7eb; white-space: nowrap }
+td:first-child, th:first-child { text-align: left; padding-left: 0 } td small, .ask .tag { margin: 0 8px }
+.wide { overflow-x: auto } .ask { background: #f7f8fa }
+.card { border: 1px solid #e4e7eb; border-radius: 8px; margin: 14px 0; overflow: hidden }
+.ask, .answer { padding: 10px 14px; white-space: pre-wrap; overflow-wrap: anywhere }
+.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)) }
+.answer { border-top: 3px solid #e4e7eb } .good { border-color: #3f8f5f } .bad { border-color: #c4513f }
+"""
+COLORS = {"en": "#3b6ea5", "zh": "#d0743c", "code": "#4f9a6b", "loss": "#3b6ea5", "valid_loss": "#8a65a8",
+          "lr": "#6b7480"}
+
+
+def page(report, answers):
+    """The whole of report.html; answers: {stage: records}."""
+    names = html.escape(" → ".join(report["stages"]))
+    sections = [figures_section(report), curves_section(report), cleaning_section(report),
+                samples_section(report, answers), cost_section(report)]
+    return ('<!doctype html>\n<html lang="en"><meta charset="utf-8"><meta name="viewport" '
+            f'content="width=device-width"><title>flatlm: {names}</title><style>{STYLE}</style>\n'
+            f"<h1>flatlm</h1><p>{names}</p>\n{''.join(sections)}</html>\n")
+
+
+def section(title, text, body):
+    return f"<h2>{title}</h2><p>{text}</p>{body}\n" if body else ""
+
+
+def table(*rows):
+    """HTML table; cells are strings of HTML, the first row is the heading."""
+    lines = ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n" for row in rows]
+    return f'<div class="wide"><table>{lines[0].replace("td>", "th>")}{"".join(lines[1:])}</table></div>'
+
+
+def shown(name, value):
+    """A figure as people read it: rates in percent, the others with their decimals; a dash for None."""
+    if value is None:
+        return "–"
+    if name in ("bits_per_byte", "distinct_2"):
+        return f"{value:.3f}"
+    return f"{value:+.2f}" if name == "gold_reward" else f"{100 * value:.1f} %"
+
+
+def figure_rows(report):
+    """Lines of cells: a heading, then (figure, its value in each stage and language) where there is one."""
+    stages = report["stages"]
+    yield ["", *(f"{stage} {lang}" for stage in stages for lang in ("en", "zh"))]
+    for name in FIGURES:
+        values = [stage[lang][name] for stage in stages.values() for lang in ("en", "zh")]
+        if any(v is not None for v in values):
+            yield [name, *(shown(name, v) for v in values)]
+    if any(stage["code"]["bits_per_byte"] is not None for stage in stages.values()):
+        code = [shown("bits_per_byte", stage["code"]["bits_per_byte"]) for stage in stages.values()]
+        yield ["bits_per_byte, code", *(cell for value in code for cell in (value, ""))]
+
+
+def figures_section(report):
+    header, *lines = figure_rows(report)
+    rows = []
+    for name, *cells in lines:
+        _, _, says, arrow = FIGURES[name.partition(",")[0]]
+        rows.append([f"{name} {arrow}<small>{says}</small>", *cells])
+    text = "Greedy answers to test prompts, English (en) and Chinese (zh). Arrows say which way is better."
+    return section("What each stage can do", text, table(map(html.escape, header), *rows))
+
+
+def draw(figure):
+    """A matplotlib figure as an <img> that holds its SVG: no files beside the page, equal at every run."""
+    with matplotlib.rc_context({"svg.hashsalt": "flatlm"}):
+        stream = io.BytesIO()
+        figure.savefig(stream, format="svg", metadata={"Date": None}, transparent=True)
+    return f'<img alt="" src="data:image/svg+xml;base64,{base64.b64encode(stream.getvalue()).decode()}">'
+
+
+def plot(figure, place, title, lines, mark="-"):
+    """A small panel at `place` of a figure's grid; lines: {name: [(step, value)]}, coloured by name."""
+    axis = figure.add_subplot(place)
+    axis.set_title(title, loc="left", fontsize=10, color="#24292f")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color("#c5cad1")
+    axis.tick_params(labelsize=8, colors="#6b7480")
+    axis.grid(axis="y", color="#eceef1", linewidth=0.8)
+    for name, points in lines.items():
+        steps, values = [s for s, _ in points], [v for _, v in points]
+        axis.plot(steps, values, mark, label=name, color=COLORS[name], markersize=3, linewidth=1.3)
+    if len(lines) > 1:
+        axis.legend(frameon=False, fontsize=8)
+
+
+def read_curves(folder):
+    """{name: [(step, value)]} of a folder's metrics.jsonl; a step that was run twice counts once."""
+    steps, curves, path = {}, {}, Path(folder) / "metrics.jsonl"
+    for _, line in read_jsonl(path) if path.is_file() else ():
+        steps.setdefault(line.get("step"), {}).update(line)
+    for step, line in sorted((s, v) for s, v in steps.items() if isinstance(s, int)):
+        for name, value in {**line, **(line.get("bits_per_byte") or {})}.items():
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                curves.setdefault(name, []).append((step, value))
+    return curves
+
+
+def smooth(points):
+    """Means over a hundredth of the curve each."""
+    size = max(1, len(points) // 100)
+    pieces = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(piece[-1][0], mean(v for _, v in piece)) for piece in pieces]
+
+
+def curves_section(report):
+    """A row for each stage that left metrics: loss, bits per byte (or validation loss), learning rate."""
+    curves = {name: read_curves(folder) for name, folder in report["settings"]["models"].items()}
+    curves = {name: c for name, c in curves.items() if "loss" in c}
+    if not curves:
+        return ""
+    figure = Figure(figsize=(11, 2.5 * len(curves)), layout="constrained")
+    grid = figure.add_gridspec(len(curves), 3)
+    for row, (name, own) in enumerate(curves.items()):
+        bits = [lang for lang in LANGUAGES if lang in own]
+        held_out = {lang: own.get(lang, []) for lang in bits or ["valid_loss"]}
+        plot(figure, grid[row, 0], f"{name}: loss, nats a token", {"loss": smooth(own["loss"])})
+        plot(figure, grid[row, 1], f"{name}: {'bits per byte' if bits else 'loss'}, held out", held_out, "o-")
+        plot(figure, grid[row, 2], f"{name}: learning rate", {"lr": own.get("lr", [])})
+    text = "By step, from each folder's metrics.jsonl; the loss is a running mean."
+    return section("Training", text, draw(figure))
+
+
+def cleaning_section(report):
+    """What prepare.py kept and dropped, where its report lies beside."""
+    return ""
+
+
+def samples_section(report, answers):
+    """The same prompts answered by every stage, side by side, as the answers came out."""
+    answered = {stage: {key_of(a): a for a in records} for stage, records in answers.items()}
+    items = [a for records in answers.values() for a in records]
+    cards = []
+    for sample in choose_samples(items, report["settings"]["samples"]):
+        for item in [sample, *continuations([sample])]:
+            by_stage = {stage: own[key_of(item)] for stage, own in answered.items() if key_of(item) in own}
+            cards += [sample_card(item, by_stage)] if by_stage else []
+    text = ("Chosen by a hash of the prompt, so by nobody; answers as they came out. Green and red: the "
+            "scorer's reward is above or below zero.")
+    return section("Dialogues", text, "".join(cards))
+
+
+def sample_card(item, by_stage):
+    ask, cells = "", []
+    for message in messages_of(item["prompt"]):
+        tag = item["kind"] if item["kind"] in PLAIN else f"{item['kind']} · {message['role']}"
+        ask += f'<div><span class="tag">{html.escape(tag)}</span>{html.escape(message["content"])}</div>'
+    for stage, a in by_stage.items():
+        gold, end = a["verdict"].get("gold", 0), [] if a["finished"] else ["cut off"]
+        notes = " · ".join([stage, *(f"{key} {value:g}" for key, value in a["verdict"].items()), *end])
+        mood = "good" if gold > 0 else "bad" if gold < 0 else ""
+        cells.append(f'<div class="answer {mood}"><div class="tag">{html.escape(notes)}</div>'
+                     f'{html.escape(a["answer"])}</div>')
+    return (f'<div class="card" lang="{item["lang"]}"><div class="ask">{ask}</div>'
+            f'<div class="answers">{"".join(cells)}</div></div>\n')
+
+
+def cost_section(report):
+    seconds, size = report["seconds"], report["bytes"]
+    rows = [[html.escape(name), f"{seconds[name]:,.1f}" if name in seconds else "–",
+             f"{size[name] / 1e6:,.2f}" if name in size else "–"] for name in {**seconds, **size}]
+    rows.append(["all", f"{sum(seconds.values()):,.1f}", ""])
+    text = "Wall seconds of each stage, and its weights on disk."
+    return section("Time and size", text, table(["stage", "seconds", "megabytes"], *rows))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def finish(report, answers, out):
+    """Write what there is to write, the page last: its presence says that all is whole. Print the figures."""
+    for stage, records in answers.items():
+        lines = "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in records)
+        write_file(answers_file(out, stage), lines)
+    write_json(out.parent / "report.json", report)
+    write_file(out, page(report, answers))
+    lines = list(figure_rows(report))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for name, *cells in lines:
+        print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), sep="  ")
+    print(f"wrote {out}, {out.parent / 'report.json'} and {out.parent / 'answers'}/")
+
+
+def evaluate(options, out, ranks):
+    """Run every model, judge, and write the report."""
+    began = time.perf_counter()
+    folders = {Path(name).resolve().name: Path(name) for name in options.model}
+    absent = [str(folder) for folder in folders.values() if not folder.is_dir()]
+    if absent:
+        raise InputError(f"--model {' '.join(absent)}: no such folder; train it first")
+    if len(folders) < len(options.model):
+        raise InputError("--model: two folders of one name, and a stage is called by its folder's name")
+    score = load_scorer(options.scorer)
+    items = read_prompts(options.prompts, options.limit) if options.prompts else []
+    if not score:
+        items += continuations(choose_samples(items, options.samples))
+    run = Path(options.data).parent if options.data else out.parent
+    settings = {"models": {name: str(folder) for name, folder in folders.items()}, "run": str(run),
+                "scorer": options.scorer, "samples": options.samples}
+    report, answers = {"stages": {}, "seconds": seconds_of(folders, run), "bytes": {}, "left_out": {}}, {}
+    for name, folder in folders.items():
+        answers[name], bits = run_stage(folder, items, options, ranks)
+        report["stages"][name] = figures(judge(answers[name], score), bits)
+        report["bytes"][name] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        report["left_out"][name] = len(items) - len(answers[name])
+    report["seconds"]["evaluate"] = round(time.perf_counter() - began, 1)
+    if ranks.first:
+        finish({**report, "settings": settings}, answers, out)
+
+
+def rescore(options, out):
+    """The report at --out from its answers: new verdicts; what needs a model or a clock is carried over."""
+    report, answers = read_json(out.parent / "report.json"), {}
+    if not {"stages", "seconds", "bytes", "settings"} <= report.keys():
+        raise InputError(f"--rescore: {out.parent / 'report.json'} is no report of evaluate.py")
+    settings = report["settings"]
+    settings["scorer"] = options.scorer or settings["scorer"]
+    score = load_scorer(settings["scorer"])
+    for name, stage in report["stages"].items():
+        answers[name] = judge(read_answers(answers_file(out, name)), score)
+        bits = {lang: stage[lang]["bits_per_byte"] for lang in LANGUAGES}
+        report["stages"][name] = figures(answers[name], bits)
+    finish(report, answers, out)
+
+
+def summary(paths):
+    """Markdown: for each stage, language and figure, the mean over the reports and the value in each."""
+    reports = {Path(path).resolve().parent.name: read_json(Path(path)) for path in paths}
+    if not all("stages" in report for report in reports.values()) or len(reports) < len(paths):
+        raise InputError(f"--summary {' '.join(paths)}: expected report.json files in different folders")
+    lines = [f"| stage | | figure | mean | {' | '.join(reports)} |", "|---|---|---|---:|" + "---:|" * len(paths)]
+    for stage in dict.fromkeys(stage for report in reports.values() for stage in report["stages"]):
+        for lang in LANGUAGES:
+            for name in FIGURES:
+                values = [r["stages"].get(stage, {}).get(lang, {}).get(name) for r in reports.values()]
+                if any(v is not None for v in values):
+                    cells = [shown(name, v) for v in (mean(values), *values)]
+                    lines.append(f"| {stage} | {lang} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+@one_line_errors
+def main(argv=None):
+    options = parse_options(Options, argv, "evaluate.py")
+    if options.out is None and not options.summary:
+        raise InputError("--out is needed: the page to write, such as run/report.html")
+    out = Path(options.out) if options.out else None
+    if out and out.exists() and not options.overwrite and not options.rescore:
+        raise InputError(f"{out} is there; --overwrite writes over it, --rescore judges its answers again")
+    if options.summary:
+        text = summary(options.summary)
+        print(text, end="")
+        return write_file(out, text) if out else None
+    if options.rescore:
+        return rescore(options, out)
+    if not options.model or not (options.prompts or options.data):
+        raise InputError("nothing to measure: give --model folders, and --prompts or --data or both")
+    with process_group(options.device) as ranks:
+        return evaluate(options, out, ranks)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

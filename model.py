@@ -1,0 +1,1187 @@
+"""model.py: the decoder (Qwen3), its folder, generation, LoRA, and what every training run needs.
+
+Read it in this order: Attention -> Block -> CausalLM (the model), Cache -> generate (using it),
+load_folder / save_folder (a Hugging Face model folder), LoraLinear (adapters), then the last section.
+
+    python model.py --model run/sft          # chat in the terminal
+
+Letters: B batch, T tokens, H hidden_size, I intermediate_size, N attention heads, G key/value heads,
+D head_dim, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from kernels import linear_logprob, rms_norm
+from tokenizer import InputError, StreamDecoder, Tokenizer, encode_chat, one_line_errors, option, parse_options
+
+# ---------------------------------------------------------------------------------------------------------
+# The decoder
+
+
+@dataclass(kw_only=True)
+class Config:
+    """The shape of a decoder, in the words of a Hugging Face config.json; defaults are Qwen3's own."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int = 128
+    max_position_embeddings: int = 32768
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension (Zhang & Sennrich 2019, eq. 4)."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rotary(positions, head_dim, theta):
+    """Angles of rotary position embedding (Su et al. 2021, eq. 15): (B, T) -> cos, sin (B, 1, T, D/2).
+
+    Made in fp32 in each forward, never stored: a stored table would be cast with the weights, and in bf16
+    neighbouring positions beyond 256 share one angle.
+    """
+    frequency = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions[:, None, :, None].float() * theta**-frequency  # (B, 1, T, D/2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x[i], x[i + D/2]) by its position's angle, in fp32. x: (B, heads, T, D)."""
+    first, second = x.float().chunk(2, dim=-1)  # (B, heads, T, D/2)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023) with RMSNorm on queries and keys (Qwen3)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        N, G, D, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
+        self.head_dim = D
+        self.q_proj = nn.Linear(H, N * D, bias=False)
+        self.k_proj = nn.Linear(H, G * D, bias=False)
+        self.v_proj = nn.Linear(H, G * D, bias=False)
+        self.o_proj = nn.Linear(N * D, H, bias=False)
+        self.q_norm = RMSNorm(D, config.rms_norm_eps)
+        self.k_norm = RMSNorm(D, config.rms_norm_eps)
+        self.grouped = N != G
+
+    def forward(self, x, cos, sin, mask, cache=None, layer=0):
+        B, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, N, T, D)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, G, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, G, T, D)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)  # (B, G, T so far, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                           enable_gqa=self.grouped)  # (B, N, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate x) * up x) (Shazeer 2020, eq. 6)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        H, I = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(H, I, bias=False)
+        self.up_proj = nn.Linear(H, I, bias=False)
+        self.down_proj = nn.Linear(I, H, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One layer: x + attention(norm x), then x + mlp(norm x)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, cos, sin, mask, cache=None, layer=0):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Token ids -> hidden states: embedding, L blocks, a last norm."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, ids, positions=None, documents=None, cache=None):
+        B, T = ids.shape
+        if positions is None:
+            positions = torch.arange(T, device=ids.device).expand(B, T) if cache is None else cache.positions(T)
+        mask = document_mask(documents) if cache is None else cache.mask(T)
+        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
+        x = self.embed_tokens(ids)  # (B, T, H)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, mask, cache, i)
+        if cache is not None:
+            cache.length += T
+        return self.norm(x)
+
+
+def document_mask(documents):
+    """(B, T) document numbers -> (B, 1, T, T), true where a token may look: back, and inside its document.
+
+    None (one document a row) stays None: plain causal attention has a faster path.
+    """
+    if documents is None:
+        return None
+    same = documents[:, :, None] == documents[:, None, :]  # (B, T, T)
+    return same.tril()[:, None]
+
+
+class CausalLM(nn.Module):
+    """Decoder and head. All that is differentiated goes through `forward`, so that DDP hooks see it."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.source = None  # the folder it was loaded from: its files are kept when it is saved again
+
+    def forward(self, ids, positions=None, documents=None, cache=None, targets=None):
+        """ids (B, T) -> logits (B, T, V); with targets (B, T): their log-probabilities (B, T) in fp32, nats.
+
+        positions (B, T) restart in each document; documents (B, T) number the documents packed in a row;
+        targets < 0 are not wanted and give 0.
+        """
+        x = self.model(ids, positions, documents, cache)  # (B, T, H)
+        if targets is None:
+            return self.lm_head(x)
+        return linear_logprob(x.flatten(0, 1), self.lm_head.weight, targets.flatten()).view(targets.shape)
+
+    @torch.no_grad()
+    def init_weights(self, seed):
+        """N(0, 0.02), with what writes into the residual stream scaled by 1 / sqrt(2 L) (Radford et al. 2019)."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                std = 0.02 / math.sqrt(2 * self.config.num_hidden_layers) if residual else 0.02
+                parameter.normal_(0.0, std, generator=generator)
+        return self
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Generation
+
+
+class Cache:
+    """Keys and values of the tokens so far, for prompts of different length, padded on the left.
+
+    Column c of row b holds token c - start[b] of that row; columns before start[b] are padding.
+    """
+
+    def __init__(self, config: Config, start, columns, device, dtype):
+        shape = (len(start), config.num_key_value_heads, columns, config.head_dim)  # (B, G, T, D)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.start = torch.as_tensor(start, device=device)  # (B,)
+        self.padded = bool(self.start.any())
+        self.length = 0
+
+    def append(self, layer, k, v):
+        end = self.length + k.shape[2]
+        self.keys[layer][:, :, self.length : end] = k
+        self.values[layer][:, :, self.length : end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def positions(self, T):
+        columns = torch.arange(self.length, self.length + T, device=self.start.device)
+        return (columns - self.start[:, None]).clamp(min=0)  # (B, T)
+
+    def mask(self, T):
+        """(B, 1, T, columns): true where a new token may look; None while plain causal attention says it all.
+
+        A padding column sees itself only: a row with nothing to look at would be NaN.
+        """
+        if not self.padded and self.length == 0:
+            return None
+        query = torch.arange(self.length, self.length + T, device=self.start.device)[:, None]
+        key = torch.arange(self.length + T, device=self.start.device)
+        seen = (key <= query) & (key >= self.start[:, None, None])  # (B, T, columns)
+        return (seen | (key == query))[:, None]
+
+    def keep(self, rows):
+        """Keep these rows of the batch only: finished rows leave."""
+        self.keys = [k[rows] for k in self.keys]
+        self.values = [v[rows] for v in self.values]
+        self.start = self.start[rows]
+
+
+def uniforms(seed, rows, token):
+    """One number in (0, 1) for each row, a pure function of (seed, row, token): splitmix64 (Steele et al. 2014).
+
+    So that the text of a row depends neither on its neighbours nor on how rows are spread over ranks.
+    """
+    with np.errstate(over="ignore"):
+        x = np.asarray(rows, np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed % 2**63)
+        for salt in (token, 0x632BE59BD9B4E019):
+            x = x + np.uint64(salt) + np.uint64(0x9E3779B97F4A7C15)
+            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            x = x ^ (x >> np.uint64(31))
+    return torch.from_numpy(((x >> np.uint64(40)).astype(np.float32) + 0.5) / np.float32(2**24))  # (rows,)
+
+
+def filtered_logprobs(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """Log-probabilities (B, V) of the distribution that is sampled; what is cut off has -inf.
+
+    top_k keeps the k likeliest (Fan et al. 2018), top_p the smallest set holding p of the mass (Holtzman et
+    al. 2020), min_p what has at least min_p times the top probability (Nguyen et al. 2024), in that order.
+    """
+    logprobs = (logits.float() / temperature).log_softmax(-1)  # (B, V)
+    if top_k > 0:
+        kth = logprobs.topk(min(top_k, logprobs.shape[-1])).values[:, -1:]
+        logprobs = logprobs.masked_fill(logprobs < kth, -math.inf).log_softmax(-1)
+    if top_p < 1.0:
+        ordered, index = logprobs.sort(descending=True)
+        mass_before = ordered.exp().cumsum(-1) - ordered.exp()
+        cut = torch.zeros_like(ordered, dtype=torch.bool).scatter(-1, index, mass_before >= top_p)
+        cut.scatter_(-1, index[:, :1], False)  # the likeliest always stays
+        logprobs = logprobs.masked_fill(cut, -math.inf).log_softmax(-1)
+    if min_p > 0.0:
+        floor = logprobs.max(-1, keepdim=True).values + math.log(min_p)
+        logprobs = logprobs.masked_fill(logprobs < floor, -math.inf).log_softmax(-1)
+    return logprobs
+
+
+def sample(logits, uniform, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0):
+    """Next ids (B,) and their log-probabilities (B,) under the very distribution they came from.
+
+    Inverse CDF with one uniform (B,) a row; temperature 0 is greedy, with the model's own log-probability.
+    """
+    if temperature == 0.0:
+        logprobs = logits.float().log_softmax(-1)
+        ids = logits.argmax(-1)
+    else:
+        logprobs = filtered_logprobs(logits, temperature, top_k, top_p, min_p)
+        cdf = logprobs.exp().cumsum(-1)  # (B, V)
+        point = uniform.to(cdf.device)[:, None] * cdf[:, -1:]
+        ids = torch.searchsorted(cdf, point, right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
+    return ids, logprobs.gather(-1, ids[:, None])[:, 0]
+
+
+@dataclass
+class Sample:
+    """One answer: its ids (with the stop id when it finished) and the log-probability of each (nats)."""
+
+    ids: list[int]
+    logprobs: list[float]
+    finished: bool
+
+
+@torch.inference_mode()
+def generate_tokens(model, prompts, max_new_tokens, stop_ids, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0,
+                    seed=0, rows=None):
+    """Yield (row, id, log-probability, finished) for each new token of each prompt, a step at a time.
+
+    prompts: lists of ids, none empty. rows: each prompt's number in the whole run (sampling depends on it);
+    default 0, 1, 2, ... Rows that finished leave the batch. Raises InputError for a prompt beyond the context.
+    """
+    device = next(model.parameters()).device
+    longest, limit = max(map(len, prompts)), model.config.max_position_embeddings
+    if min(map(len, prompts)) == 0:
+        raise InputError("a prompt has no tokens: start it with <|endoftext|>, or ask in chat form")
+    if longest + 1 > limit:
+        raise InputError(f"a prompt of {longest} tokens leaves no room in a context of {limit}")
+    max_new_tokens = min(max_new_tokens, limit - longest)
+    start = [longest - len(p) for p in prompts]
+    ids = torch.tensor([[0] * s + list(p) for s, p in zip(start, prompts)], device=device)  # (B, T)
+    dtype = next(model.parameters()).dtype
+    cache = Cache(model.config, start, longest + max_new_tokens, device, dtype)
+    live = list(range(len(prompts)))  # which prompt each row of the shrinking batch is
+    rows = np.arange(len(prompts)) if rows is None else np.asarray(rows)
+    for step in range(max_new_tokens):
+        hidden = model.model(ids, cache=cache)[:, -1]  # (B, H): only the last column needs the head
+        uniform = uniforms(seed, rows[live], step) if temperature else None
+        new, logprobs = sample(model.lm_head(hidden), uniform, temperature, top_k, top_p, min_p)
+        tokens, values = new.tolist(), logprobs.tolist()
+        stay = [i for i, token in enumerate(tokens) if token not in stop_ids]
+        for i, row in enumerate(live):
+            yield row, tokens[i], values[i], tokens[i] in stop_ids
+        if not stay:
+            return
+        if len(stay) < len(live):
+            live = [live[i] for i in stay]
+            keep = torch.tensor(stay, device=device)
+            new = new[keep]
+            cache.keep(keep)
+        ids = new[:, None]  # (B, 1)
+
+
+def generate(model, prompts, max_new_tokens, stop_ids, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0,
+             rows=None):
+    """Answers to prompts (lists of ids), as a list of Sample in the same order; see `generate_tokens`."""
+    samples = [Sample([], [], False) for _ in prompts]
+    for row, token, logprob, finished in generate_tokens(model, prompts, max_new_tokens, set(stop_ids), temperature,
+                                                         top_k, top_p, min_p, seed, rows):
+        samples[row].ids.append(token)
+        samples[row].logprobs.append(logprob)
+        samples[row].finished = finished
+    return samples
+
+
+def window_batch(tokens, indices, max_length, endoftext):
+    """Windows of a stream of documents, as numpy: ids, positions, documents, targets, each (B, T).
+
+    Window w covers tokens w T to w T + T; each token's target is the next one, and that of the stream's last
+    token is <|endoftext|>. Every document starts with <|endoftext|>: positions restart there, and `documents`
+    numbers them. A document cut by a window goes on in the next, without its start. Past the end targets are -1.
+    """
+    T, offsets = max_length, np.arange(max_length + 1)
+    rows = np.full((len(indices), T + 1), -1, np.int64)  # (B, T + 1)
+    for row, w in zip(rows, indices):
+        piece = tokens[w * T : w * T + T + 1]
+        row[: len(piece)] = piece
+        if len(piece) <= T:
+            row[len(piece)] = endoftext
+    ids, targets = np.where(rows < 0, endoftext, rows)[:, :-1], rows[:, 1:]
+    starts = ids == endoftext  # (B, T)
+    since = np.maximum.accumulate(np.where(starts, offsets[:-1], 0), axis=1)
+    return ids, offsets[:-1] - since, np.cumsum(starts, axis=1), np.ascontiguousarray(targets)
+
+
+@torch.inference_mode()
+def bits_per_byte(model, tokenizer, shards, max_length=256, batch_size=16, max_windows=None):
+    """{language: bits per byte of text} over windows of `max_length` tokens, the first `max_windows` a shard.
+
+    The same windows wherever it is called from. A document's text is counted, its closing <|endoftext|> is not;
+    bytes are those of the very tokens that were predicted, so that a part of a shard is measured exactly too.
+    """
+    device = next(model.parameters()).device
+    length = torch.tensor(tokenizer.token_bytes(), device=device)  # (V,): 0 for special tokens
+    nats, size = {}, {}
+    for shard in shards:
+        count = min(-(-len(shard.tokens) // max_length), max_windows or sys.maxsize)
+        for first in range(0, count, batch_size):
+            indices = range(first, min(first + batch_size, count))
+            batch = window_batch(shard.tokens, indices, max_length, tokenizer.endoftext)
+            ids, positions, documents, targets = (torch.from_numpy(x).to(device) for x in batch)  # (B, T) each
+            weight = length[targets.clamp(min=0)] * (targets >= 0)
+            logprobs = model(ids, positions, documents, targets=targets)  # (B, T)
+            nats[shard.lang] = nats.get(shard.lang, 0.0) - (logprobs.double() * (weight > 0)).sum().item()
+            size[shard.lang] = size.get(shard.lang, 0) + weight.sum().item()
+    return {lang: nats[lang] / math.log(2) / size[lang] for lang in sorted(nats) if size[lang]}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# LoRA: W x + (alpha / r) B A x, with W frozen (Hu et al. 2021, eq. 3)
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer with a trained low-rank addition; B starts at zero, so that nothing changes at first."""
+
+    def __init__(self, base: nn.Linear, r, alpha, seed):
+        super().__init__()
+        self.base_layer = base.requires_grad_(False)
+        self.scaling = alpha / r
+        generator = torch.Generator().manual_seed(seed)
+        bound = 1 / math.sqrt(base.in_features)
+        lora_A = torch.empty(r, base.in_features).uniform_(-bound, bound, generator=generator)  # (r, in)
+        self.lora_A = nn.Parameter(lora_A.to(base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=base.weight.device))  # (out, r)
+
+    def forward(self, x):
+        return self.base_layer(x) + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scaling
+
+    def merged(self):
+        return self.base_layer.weight + self.scaling * (self.lora_B @ self.lora_A).to(self.base_layer.weight.dtype)
+
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def add_lora(model, r, alpha, seed=0, targets=LORA_TARGETS):
+    """Freeze a model and put a LoraLinear around each linear layer named in `targets`, in place."""
+    model.requires_grad_(False)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for number, name in enumerate(n for n in linear if n.rpartition(".")[2] in targets):
+        parent, _, child = name.rpartition(".")
+        module = model.get_submodule(parent)
+        setattr(module, child, LoraLinear(getattr(module, child), r, alpha, seed + number))
+    return model
+
+
+def train_rows_only(weight, rows):
+    """Let some rows of a frozen matrix (new tokens of an embedding) train, and no others."""
+    mask = torch.zeros(weight.shape[0], 1, device=weight.device)
+    mask[rows] = 1.0
+    weight.requires_grad_(True)
+    weight.register_hook(lambda gradient: gradient * mask)
+    weight.rows_only = rows  # weight decay must leave the other rows alone
+
+
+def merge_lora(model):
+    """Fold every LoraLinear into a plain linear layer, in place."""
+    for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLinear)]:
+        parent, _, child = name.rpartition(".")
+        module.base_layer.weight.data = module.merged().data
+        setattr(model.get_submodule(parent), child, module.base_layer)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The folder: config.json, generation_config.json, tokenizer files, model.safetensors
+
+
+def read_json(path):
+    """A JSON object from a file; InputError where it is missing or is not one."""
+    try:
+        value = json.loads(Path(path).read_text("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return value
+
+
+def write_json(path, value):
+    """Write a JSON file whole or not at all: under a temporary name, synced, renamed."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+# What would change the numbers and is not in this file: the value that means "off", and any other is an error.
+MUST_BE = {"attention_bias": False, "hidden_act": "silu", "use_sliding_window": False, "attention_dropout": 0.0,
+           "quantization_config": None}
+
+
+def read_config(folder):
+    """config.json -> Config. Absent keys take Qwen3's defaults; what is not supported is an error naming it."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: not a model folder (no config.json there)")
+    raw = read_json(path)
+    architecture = (raw.get("architectures") or ["?"])[0]
+    if architecture != "Qwen3ForCausalLM":
+        raise InputError(f"{path}: architecture {architecture} is not supported; Qwen3ForCausalLM is")
+    for key, value in MUST_BE.items():
+        if raw.get(key, value) not in (value, None):
+            raise InputError(f"{path}: {key} = {raw[key]!r} is not supported")
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise InputError(f"{path}: RoPE type {rope.get('rope_type', rope.get('type'))!r} is not supported")
+    raw = raw | {"rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10000.0))}
+    known = {field.name: field for field in dataclasses.fields(Config)}
+    missing = [name for name, field in known.items() if field.default is dataclasses.MISSING and name not in raw]
+    if missing:
+        raise InputError(f"{path}: {', '.join(missing)} missing")
+    values = {name: raw[name] for name in known if name in raw}
+    for name, value in values.items():
+        wanted = bool if name == "tie_word_embeddings" else float if "r" == name[0] else int
+        if not isinstance(value, int | float if wanted is float else wanted) or (wanted is int and value < 1):
+            raise InputError(f"{path}: {name} = {value!r} is not a valid {wanted.__name__}")
+    return Config(**values)
+
+
+def config_json(config: Config, tokenizer):
+    """The config.json of a folder we create: both dialects (rope_theta and rope_parameters, dtype and torch_dtype)."""
+    theta = float(config.rope_theta)
+    return {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **dataclasses.asdict(config),
+        "rope_theta": theta, "rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02,
+        "use_sliding_window": False, "sliding_window": None, "max_window_layers": config.num_hidden_layers,
+        "use_cache": True, "bos_token_id": None, "eos_token_id": tokenizer.im_end, "pad_token_id": tokenizer.pad,
+        "dtype": "float32", "torch_dtype": "float32",
+    }
+
+
+def read_weights(folder):
+    """{name: tensor} of model.safetensors, one file or sharded, memory-mapped. InputError for a damaged one."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(read_json(index).get("weight_map", {}).values())) if index.exists() else ["model.safetensors"]
+    weights = {}
+    for name in names:
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name}: no such file (an unfinished run? go on with --resume)")
+        try:
+            with safe_open(folder / name, "pt") as file:
+                weights.update({key: file.get_tensor(key) for key in file.keys()})
+        except SafetensorError as error:
+            raise InputError(f"{folder / name}: damaged or not a safetensors file ({error})") from None
+    return weights
+
+
+def load_weights(model, weights, where):
+    """Copy tensors into a model; every name and shape must match (a tied head may be absent)."""
+    own = model.state_dict()
+    if model.config.tie_word_embeddings:
+        weights = {k: v for k, v in weights.items() if k != "lm_head.weight"}
+        own = {k: v for k, v in own.items() if k != "lm_head.weight"}
+    for problem, names in (("missing", own.keys() - weights.keys()), ("unexpected", weights.keys() - own.keys())):
+        if names:
+            raise InputError(f"{where}: {len(names)} {problem} tensors, {sorted(names)[0]} among them")
+    for name, tensor in own.items():
+        if tensor.shape != weights[name].shape:
+            raise InputError(f"{where}: {name} is {tuple(weights[name].shape)}, expected {tuple(tensor.shape)}")
+        tensor.copy_(weights[name])
+
+
+def load_folder(folder, device="cpu", dtype=torch.float32):
+    """A checkpoint folder -> (CausalLM, Tokenizer). A LoRA adapter's folder gives its base with the adapter merged.
+
+    Raises InputError for a folder that is missing, damaged, or of an unsupported kind.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    if (folder / "adapter_config.json").exists():
+        return load_adapter(folder, device, dtype)
+    config = read_config(folder)
+    weights = read_weights(folder)
+    model = CausalLM(config).to(device=device, dtype=dtype)
+    load_weights(model, weights, folder)
+    model.source = folder
+    model.stored_dtype = weights["model.embed_tokens.weight"].dtype
+    return model, Tokenizer.load(folder)
+
+
+def load_adapter(folder, device, dtype):
+    """A folder in PEFT's LoRA layout, merged into its base (named by a path relative to the folder)."""
+    settings = read_json(folder / "adapter_config.json")
+    if settings.get("peft_type") != "LORA":
+        raise InputError(f"{folder}: adapter of type {settings.get('peft_type')} is not supported; LORA is")
+    named = settings["base_model_name_or_path"]
+    model, tokenizer = load_folder(folder / named if (folder / named).exists() else named, device, dtype)
+    add_lora(model, settings["r"], settings["lora_alpha"], targets=settings["target_modules"])
+    try:
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (SafetensorError, FileNotFoundError) as error:
+        raise InputError(f"{folder}/adapter_model.safetensors: missing or damaged ({error})") from None
+    tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+    rows = tensors.pop(TRAINED_ROWS, None)
+    own = {n.replace("lora_A", "lora_A.weight").replace("lora_B", "lora_B.weight"): p
+           for n, p in model.named_parameters() if "lora_" in n}
+    if own.keys() != tensors.keys():
+        raise InputError(f"{folder}: tensors do not fit the base: {sorted(own.keys() ^ tensors.keys())[0]}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+        if rows is not None:
+            model.model.embed_tokens.weight[settings["trainable_token_indices"]["embed_tokens"]] = rows.to(device, dtype)
+    return merge_lora(model), tokenizer
+
+
+TRAINED_ROWS = "model.embed_tokens.token_adapter.trainable_tokens_delta"  # PEFT's name for trained token rows
+
+
+def save_adapter(folder, model, base, r, alpha, token_ids):
+    """Write a LoRA adapter in PEFT's layout; `token_ids` are embedding rows that were trained with it."""
+    folder = Path(folder)
+    tensors = {"base_model.model." + name + ".weight": p.detach().cpu().contiguous()
+               for name, p in model.named_parameters() if "lora_" in name}
+    targets = sorted({name.split(".")[-3] for name in tensors})
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": os.path.relpath(base, folder),
+                "r": r, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
+                "inference_mode": True, "target_modules": targets}
+    if token_ids:
+        rows = model.model.embed_tokens.weight.detach()[token_ids].cpu().contiguous()
+        tensors["base_model.model." + TRAINED_ROWS] = rows
+        settings["trainable_token_indices"] = {"embed_tokens": token_ids}
+    write_safetensors(folder / "adapter_model.safetensors", tensors)
+    write_json(folder / "adapter_config.json", settings)
+    copy_tokenizer(base, folder)
+
+
+def copy_tokenizer(source, folder):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (Path(source) / name).exists():
+            shutil.copyfile(Path(source) / name, Path(folder) / name)
+
+
+def write_safetensors(path, tensors):
+    """Write a safetensors file whole or not at all."""
+    temporary = Path(f"{path}.tmp")
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_folder(folder, model, tokenizer, max_shard=5 * 2**30):
+    """Write a Hugging Face model folder. One that was loaded keeps its config.json, tokenizer files and dtype.
+
+    model.safetensors is renamed into place last; above `max_shard` bytes it is sharded with an index.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if model.source is None:
+        tokenizer.save(folder)
+        write_json(folder / "config.json", config_json(model.config, tokenizer))
+        write_json(folder / "generation_config.json", {"eos_token_id": [tokenizer.im_end, tokenizer.endoftext],
+                                                       "pad_token_id": tokenizer.pad, "do_sample": False})
+    elif model.source.resolve() != folder.resolve():
+        for file in sorted(model.source.iterdir()):
+            if file.suffix in (".json", ".model", ".txt", ".jinja") and file.name not in NOT_COPIED:
+                shutil.copyfile(file, folder / file.name)
+    dtype = getattr(model, "stored_dtype", torch.float32)
+    tied = model.config.tie_word_embeddings
+    tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()
+               if not (tied and name == "lm_head.weight")}
+    shards, size = [{}], 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > max_shard:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        return write_safetensors(folder / "model.safetensors", tensors)
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards):
+        write_safetensors(folder / name, shard)
+    weight_map = {key: name for name, shard in zip(names, shards) for key in shard}
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+NOT_COPIED = ("run.json", "metrics.jsonl", "model.safetensors.index.json", "adapter_config.json")
+
+
+def stop_ids(folder, tokenizer):
+    """Ids that end an answer: eos_token_id of generation_config.json (a number or a list), else of config.json."""
+    for name in ("generation_config.json", "config.json"):
+        path = Path(folder) / name
+        eos = read_json(path).get("eos_token_id") if path.exists() else None
+        if eos is not None:
+            return set(eos if isinstance(eos, list) else [eos])
+    return {i for i in (tokenizer.im_end, tokenizer.endoftext) if i is not None}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What every run needs: ranks, precision, schedule, optimizer, state, metrics, signals
+
+
+@dataclass
+class Ranks:
+    """This process among all: torchrun sets the environment, a plain run is rank 0 of 1."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+    def sum(self, *values):
+        """Each value added up over all ranks, in float64."""
+        total = torch.tensor(values, dtype=torch.float64, device="cpu" if self.device.type == "mps" else self.device)
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def rows(self, batch):
+        """This rank's share of a step's rows: contiguous, equal."""
+        share = len(batch) // self.world_size
+        return batch[self.rank * share : (self.rank + 1) * share]
+
+
+def pick_device(name="auto"):
+    """auto: cuda, else mps, else cpu; or what is asked for, where it is there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name}: not a device; one of {', '.join(available)}") from None
+    if not available.get(device.type, False):
+        raise InputError(f"--device {name}: not available on this machine")
+    return device
+
+
+@contextlib.contextmanager
+def process_group(device_name):
+    """Ranks of this run; under torchrun a process group around it (nccl on GPUs, gloo on CPUs)."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(device_name)
+    if world_size > 1 and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Ranks(rank, world_size, device)
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()
+        for number, handler in handlers.items():  # StopSignal's are for the run only
+            signal.signal(number, handler)
+
+
+def say(ranks, message):
+    if ranks.first:
+        print(message, file=sys.stderr, flush=True)
+
+
+def wrap_ddp(model, ranks):
+    """DistributedDataParallel where there is more than one rank; call the result, never its `.module`."""
+    if ranks.world_size == 1:
+        return model
+    ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+
+
+def probe_dtype(device):
+    """The dtype that multiplies matrices fastest here: bf16 pays only where the processor has units for it."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "mps":
+        return "fp32"
+    seconds = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a = torch.randn(768, 768).to(dtype)
+        times = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - begin)
+        seconds[name] = min(times)
+    return "bf16" if seconds["bf16"] * 1.3 < seconds["fp32"] else "fp32"
+
+
+def autocast(device, dtype):
+    """Matrix products in bf16 or fp16, everything that adds up in fp32; nothing for fp32."""
+    if dtype == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
+
+
+def choose_dtype(options, ranks, run):
+    """--dtype, or the probe's answer where it is auto; kept in run.json, so that a resumed run goes on with it."""
+    if "dtype" not in run:
+        run["dtype"] = agree(ranks, options.dtype if options.dtype != "auto" else probe_dtype(ranks.device))
+        say(ranks, f"dtype {run['dtype']}")
+    return run["dtype"]
+
+
+COMPILE_SECONDS, COMPILE_SAVES = 30, 0.3  # what compiling costs on a slow machine; the share of eager time it saves
+
+
+def choose_compile(options, ranks, run, model, one_step, steps):
+    """Compile the model in place where --compile says so, or where it repays itself.
+
+    `one_step` is timed in eager mode for that; kept in run.json, so that a resumed run goes on the same way.
+    """
+    if "compile" not in run:
+        use = options.compile
+        if use is None:
+            one_step()  # the first step warms up
+            began = time.monotonic()
+            one_step()
+            saved = (time.monotonic() - began) * steps * COMPILE_SAVES
+            use = ranks.device.type != "mps" and saved > COMPILE_SECONDS
+            model.zero_grad(set_to_none=True)
+        run["compile"] = agree(ranks, use and compiler_works(ranks.device))
+        say(ranks, f"torch.compile {'on' if run['compile'] else 'off'}")
+        if ranks.first:
+            write_json(Path(options.out) / "run.json", run)
+    if run["compile"]:
+        model.compile()
+
+
+def compiler_works(device):
+    """Whether torch.compile runs here; a line says why not (no C++ compiler, no triton)."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+        return True
+    except Exception as error:  # whatever it is, eager runs
+        print(f"torch.compile does not work here, going on without it: {type(error).__name__}", file=sys.stderr)
+        return False
+
+
+def agree(ranks, value):
+    """The first rank's value, on all ranks."""
+    box = [value]
+    if ranks.world_size > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def accumulate(model, number, batches):
+    """Around a micro-batch's passes: DDP waits for the last one before it adds gradients up over ranks."""
+    last = number == len(batches) - 1
+    return contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
+
+
+def learning_rate(step, steps, peak, warmup, schedule):
+    """Learning rate of a step (from 0): linear warmup, then cosine to a tenth, linear to 0, or WSD.
+
+    WSD (Hu et al. 2024, MiniCPM, eq. 1): constant, then linear to 0 over the last fifth.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)  # 0 to 1
+    if schedule == "cosine":
+        return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+    if schedule == "linear":
+        return peak * (1 - progress)
+    return peak * min(1.0, (1 - progress) / 0.2)
+
+
+def make_optimizer(model, lr, weight_decay, betas):
+    """Fused AdamW (Loshchilov & Hutter 2019), decay on matrices only, over what requires a gradient."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.dim() >= 2 and not hasattr(p, "rows_only")]
+    others = [p for p in trained if p.dim() < 2 or hasattr(p, "rows_only")]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
+
+
+class Stepper:
+    """Unscale, clip, check, step: what happens between the backward pass and the next step, and is saved.
+
+    A gradient that is not finite skips the step; fp16 halves its loss scale then, and doubles it after 1,000
+    good steps. Three skips in a row at scale 1 (or down to it) stop the run.
+    """
+
+    def __init__(self, optimizer, dtype, clip):
+        self.optimizer, self.clip = optimizer, clip
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.scale = 2.0**16 if dtype == "fp16" else 1.0
+        self.growing = dtype == "fp16"
+        self.good, self.bad, self.skipped = 0, 0, 0
+
+    def step(self, lr):
+        """Apply the gradients; returns their global norm (before clipping)."""
+        for p in self.parameters:
+            if p.grad is not None and self.scale != 1.0:
+                p.grad /= self.scale
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip or math.inf).item()
+        if math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            self.good, self.bad = self.good + 1, 0
+            if self.growing and self.good % 1000 == 0:
+                self.scale *= 2
+        else:
+            self.skipped += 1
+            self.bad += self.scale == 1.0
+            self.scale = max(1.0, self.scale / 2)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.bad == 3:
+            raise InputError("loss or gradient was not finite three steps in a row: the last good state is kept; "
+                             "lower --lr or use --dtype fp32")
+        return norm
+
+    def state(self):
+        return {"scale": self.scale, "good": self.good, "bad": self.bad, "skipped": self.skipped}
+
+    def load_state(self, state):
+        self.scale, self.good, self.bad, self.skipped = (state[k] for k in ("scale", "good", "bad", "skipped"))
+
+
+def fingerprint(paths):
+    """A short hash of files by name, size and content's first and last MB: whether a run's inputs are the same."""
+    digest = hashlib.sha256()
+    for path in sorted(map(Path, paths)):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}:".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(2**20))
+            file.seek(max(0, size - 2**20))
+            digest.update(file.read(2**20))
+    return digest.hexdigest()[:16]
+
+
+def model_fingerprint(folder):
+    """Fingerprint of a model folder's weights."""
+    return fingerprint(p for p in Path(folder).glob("*.safetensors"))
+
+
+def open_run(stage, options, ranks, inputs):
+    """Begin, resume or refuse a run in options.out. Returns (run.json as a dict, folder of the state or None).
+
+    run.json keeps the options and a fingerprint of the inputs; a resumed run must have the same (its --steps
+    or --epochs may grow). Raises InputError for an --out that is unfinished, finished, or another run's.
+    """
+    out = Path(options.out)
+    settings = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("resume", "overwrite")}
+    fresh = {"stage": stage, "options": settings, "inputs": inputs, "finished": False, "seconds": 0.0}
+    old = read_json(out / "run.json") if (out / "run.json").exists() and not options.overwrite else None
+    state = newest_state(out) if old else None
+    if ranks.world_size > 1:
+        dist.barrier()  # nobody changes the folder before everybody has looked at it
+    if old is None and out.is_dir() and any(out.iterdir()) and not options.overwrite:
+        raise InputError(f"{out}: is there and is not a run's folder; choose another --out, or --overwrite it")
+    if old is not None:
+        grown = [k for k in ("steps", "epochs") if k in settings and settings[k] > old["options"].get(k, math.inf)]
+        changed = [k for k in settings if settings[k] != old["options"].get(k) and k not in grown]
+        if old["finished"] and not grown:
+            raise InputError(f"{out}: a finished run; choose another --out, or --overwrite it")
+        if not options.resume:
+            raise InputError(f"{out}: an unfinished run; go on with --resume, or start again with --overwrite")
+        if changed or old["stage"] != stage:
+            what = f"--{changed[0].replace('_', '-')}" if changed else "the stage"
+            raise InputError(f"{out}: {what} is not what the run began with; --resume needs the same options")
+        if old["inputs"] != inputs:
+            raise InputError(f"{out}: the data or the model it began with has changed; start again with --overwrite")
+        fresh = old | {"options": settings, "finished": False}
+    if ranks.first:
+        if old is None:
+            shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "run.json", fresh)
+    if ranks.world_size > 1:
+        dist.barrier()
+    return fresh, state
+
+
+def newest_state(out):
+    """The newest state/step-N of a run, or None. A state is renamed into place when it is whole."""
+    states = [p for p in (Path(out) / "state").glob("step-*") if (p / "state.json").exists()]
+    return max(states, key=lambda p: int(p.name.removeprefix("step-")), default=None)
+
+
+def save_state(out, record, ranks, models, stepper, keep=2):
+    """Write state/step-N: fp32 weights and AdamW's moments as safetensors, the rest (`record`) as state.json.
+
+    models: {name: (module, optimizer)}. Keys are `{name}.{parameter}.{weight|exp_avg|exp_avg_sq}`; what is frozen
+    is not saved. Written under a temporary name, synced, renamed once; the newest `keep` stay.
+    """
+    if not ranks.first:
+        return
+    folder, step = Path(out) / "state", record["step"]
+    temporary, final = folder / f"tmp-{step}", folder / f"step-{step}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    tensors = {}
+    for name, (module, optimizer) in models.items():
+        for key, p in module.named_parameters():
+            if p.requires_grad:
+                parts = {"weight": p.detach(), **optimizer.state.get(p, {})}
+                tensors |= {f"{name}.{key}.{part}": parts[part].cpu() for part in STATE_PARTS if part in parts}
+    write_safetensors(temporary / "tensors.safetensors", tensors)
+    write_json(temporary / "state.json", record | {"stepper": stepper.state()})
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    states = sorted(folder.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+    for old in states[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+STATE_PARTS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+@torch.no_grad()
+def load_state(folder, models, stepper):
+    """Put a state's tensors back into {name: (module, optimizer)}; returns its state.json."""
+    record = read_json(folder / "state.json")
+    stepper.load_state(record.pop("stepper"))
+    tensors = load_file(folder / "tensors.safetensors")
+    for name, (module, optimizer) in models.items():
+        for key, p in module.named_parameters():
+            if p.requires_grad:
+                p.copy_(tensors[f"{name}.{key}.weight"])
+                moments = {part: tensors.get(f"{name}.{key}.{part}") for part in STATE_PARTS[1:]}
+                if moments["exp_avg"] is not None:
+                    count = torch.tensor(float(stepper.good), device=p.device)
+                    optimizer.state[p] = {"step": count, **{k: m.to(p.device) for k, m in moments.items()}}
+    return record
+
+
+def keep_best(options, ranks, record, loss, model):
+    """After a validation: count those without a new best; with --patience, keep the weights of the best."""
+    if loss >= record["best"]:
+        record["worse"] += 1
+        return
+    record |= {"best": loss, "worse": 0}
+    if options.patience and ranks.first:
+        (Path(options.out) / "state").mkdir(parents=True, exist_ok=True)
+        trained = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+        write_safetensors(Path(options.out) / "state" / "best.safetensors", trained)
+
+
+@torch.no_grad()
+def export_best(options, ranks, model):
+    """With --patience the weights of the best validation are put back before the export, else the last stay."""
+    if options.patience and ranks.first:
+        best = load_file(Path(options.out) / "state" / "best.safetensors")
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p.copy_(best[name])
+
+
+def finish_run(options, ranks, run, record, export):
+    """Export the model, then mark run.json finished, last of all; returns exit status 0."""
+    if ranks.first:
+        export()
+        write_json(Path(options.out) / "run.json", run | {"step": record["step"], "seconds": record["seconds"],
+                                                          "finished": True})
+    return 0
+
+
+class Metrics:
+    """FOLDER/metrics.jsonl, one JSON object a step, and what the user sees: a bar on a terminal, else lines."""
+
+    def __init__(self, out, ranks, step, steps):
+        self.path, self.ranks, self.steps, self.spoken = Path(out) / "metrics.jsonl", ranks, steps, 0.0
+        if not ranks.first:
+            return
+        old = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
+        kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= step]
+        self.file = open(self.path, "w", encoding="utf-8", buffering=1)  # what a killed run wrote past its state goes
+        self.file.writelines(line + "\n" for line in kept)
+        self.bar = tqdm(total=steps, initial=step, disable=not sys.stderr.isatty(), unit="step")
+
+    def write(self, step, **values):
+        if not self.ranks.first:
+            return
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+        self.bar.update(step - self.bar.n)
+        self.bar.set_postfix_str(text[:70])
+        if self.bar.disable and (time.monotonic() - self.spoken > 10 or "loss" not in values or step == self.steps):
+            print(f"step {step}/{self.steps}  {text}", file=sys.stderr, flush=True)
+            self.spoken = time.monotonic()
+
+    def close(self):
+        if self.ranks.first:
+            self.bar.close()
+            self.file.close()
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM finish the step, agreed over all ranks; a second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.raised = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        if self.raised and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.raised = True
+
+    def agreed(self, ranks):
+        return ranks.sum(self.raised)[0] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Chat in the terminal
+
+
+@dataclass(kw_only=True)
+class Options:
+    """Chat with a model in the terminal. /reset forgets the dialogue, /quit (or Ctrl-D) leaves."""
+
+    model: str = option("checkpoint folder: a model, or a LoRA adapter")
+    temperature: float = option("0 always takes the likeliest token", 0.0)
+    top_k: int = option("sample among the k likeliest tokens; 0 is off", 0)
+    top_p: float = option("sample among the likeliest tokens that hold this share of the probability", 1.0)
+    min_p: float = option("sample among tokens with at least this share of the likeliest one's probability", 0.0)
+    max_new_tokens: int = option("most tokens in an answer", 256)
+    system: str = option("a system message that opens the dialogue", "")
+    seed: int = option("seed of the sampling", 0)
+    device: str = option("auto, cpu, cuda or mps", "auto")
+
+
+def answer(model, tokenizer, messages, stop, options, turn):
+    """Print the answer to a dialogue as it comes, and return it. Ctrl-C ends the answer only."""
+    ids, _ = encode_chat(tokenizer, messages, generation_prompt=True)
+    decoder, text = StreamDecoder(tokenizer), ""
+    tokens = generate_tokens(model, [ids], options.max_new_tokens, stop, options.temperature, options.top_k,
+                             options.top_p, options.min_p, options.seed, rows=[turn])
+    try:
+        for _, token, _, finished in tokens:
+            piece = "" if finished else decoder.feed(token)
+            text += piece
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        pass
+    print()
+    return text
+
+
+@one_line_errors
+def main(argv=None):
+    options = parse_options(Options, argv, "model.py")
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  arrow keys and history at the prompt, where the system has it
+    device = pick_device(options.device)
+    model, tokenizer = load_folder(options.model, device)
+    stop = stop_ids(options.model, tokenizer)
+    opening = [{"role": "system", "content": options.system}] if options.system else []
+    messages, turn = list(opening), 0
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return 0
+        if line == "/quit":
+            return 0
+        if line == "/reset":
+            messages = list(opening)
+        elif line:
+            messages.append({"role": "user", "content": line})
+            messages.append({"role": "assistant", "content": answer(model, tokenizer, messages, stop, options, turn)})
+            turn += 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

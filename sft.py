@@ -1,0 +1,379 @@
+"""sft.py: supervised fine-tuning. A base model learns to answer, from examples of dialogues.
+
+    python sft.py --model run/base --data sft.jsonl --out run/sft               # all weights
+    python sft.py --model run/base --data sft.jsonl --out run/lora --lora 16    # a low-rank adapter
+
+The loss is pretraining's, on the assistant's tokens only (and the <|im_end|> that ends its turn): the model
+reads the question, it is not trained to ask it. Several examples are packed in a row; attention and positions
+stay inside each, so that packing changes nothing but speed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from model import (Metrics, Stepper, StopSignal, accumulate, add_lora, autocast, choose_compile, choose_dtype,
+                   export_best, fingerprint, finish_run, keep_best, learning_rate, load_folder, load_state,
+                   make_optimizer, merge_lora, model_fingerprint, open_run, process_group, read_json, save_adapter,
+                   save_folder, save_state, say, train_rows_only, wrap_ddp)
+from tokenizer import InputError, encode_chat, one_line_errors, option, parse_options, read_jsonl, read_tokens
+
+
+@dataclass(kw_only=True)
+class Options:
+    """Fine-tune a model on dialogues: JSONL with `messages`, or with `prompt` and `completion`."""
+
+    model: str = option("checkpoint folder to start from")
+    data: list[str] = option("JSONL files, or folders of them")
+    out: str = option("checkpoint folder to write")
+    valid: str = option("JSONL file to validate on; not given, 5 % of the data are held out by hash", "")
+    replay: str = option("folder of tokens to go on reading a little of, against forgetting", "")
+    replay_share: float = option("share of the trained rows' tokens that is replay", 0.3)
+    max_length: int = option("tokens in a row; longer dialogues are cut, and counted", 256)
+    epochs: int = option("passes over the data", 2)
+    batch_size: int = option("packed rows a step, over all ranks", 16)
+    micro_batch: int = option("rows a forward pass, on one rank; 0 takes the rank's whole share at once", 0)
+    lr: float = option("peak learning rate; LoRA wants about ten times that of full fine-tuning", 3e-4)
+    schedule: str = option("how the learning rate falls after warmup", "cosine", choices=("cosine", "linear", "wsd"))
+    warmup: int = option("steps of linear warmup", 20)
+    weight_decay: float = option("decay of matrices (norms have none)", 0.0)
+    clip: float = option("largest global norm of the gradient; 0 is off", 1.0)
+    lora: int = option("rank of a LoRA adapter; 0 trains all weights", 0)
+    lora_alpha: float = option("strength of the adapter: its product is scaled by alpha / rank", 32.0)
+    merge: bool = option("write an adapter merged into a model folder", False)
+    skip_bad: bool = option("count malformed lines and go on, instead of stopping at the first", False)
+    eval_every: int = option("steps between validations; the last step always has one", 100)
+    patience: int = option("stop after this many validations without a new best, and keep the best; 0 is off", 0)
+    save_every: int = option("steps between saved states", 100)
+    seed: int = option("seed of the order of examples and of the adapter", 1)
+    dtype: str = option("precision of matrix products; auto probes what is faster here", "auto",
+                        choices=("auto", "fp32", "bf16", "fp16"))
+    compile: bool | None = option("use torch.compile; not given, it is used where it repays itself", None)
+    device: str = option("auto, cpu, cuda or mps", "auto")
+    resume: bool = option("go on where the run in --out stopped", False)
+    overwrite: bool = option("start again, whatever is in --out", False)
+
+
+@dataclass
+class Example:
+    """One dialogue or document: its ids (n,), and which of them are trained as targets (n,)."""
+
+    ids: np.ndarray
+    trained: np.ndarray
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Data: JSONL -> examples -> packed rows -> tensors
+
+
+def data_files(paths):
+    """The .jsonl and .jsonl.gz files that paths name, folders walked in sorted order."""
+    files = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise InputError(f"{path}: no such file")
+        found = sorted(p for p in path.rglob("*") if p.name.endswith((".jsonl", ".jsonl.gz"))) if path.is_dir() else [path]
+        if not found:
+            raise InputError(f"{path}: no .jsonl file in this folder")
+        files += found
+    return files
+
+
+def record_messages(record):
+    """The message list of a record: `messages`, or `prompt` and `completion` (strings or message lists)."""
+    if "messages" in record:
+        messages = record["messages"]
+    elif "prompt" in record and "completion" in record:
+        sides = (("user", record["prompt"]), ("assistant", record["completion"]))
+        messages = [m for role, side in sides
+                    for m in ([{"role": role, "content": side}] if isinstance(side, str) else side)]
+    else:
+        raise InputError("neither `messages` nor `prompt` and `completion`")
+    if isinstance(messages, list) and messages and isinstance(messages[-1], dict):
+        if messages[-1].get("role") != "assistant":
+            raise InputError("the last message is not the assistant's: there is nothing to learn")
+        if not str(messages[-1].get("content", "")).strip():
+            raise InputError("the assistant's last message is empty")
+    return messages
+
+
+def read_examples(files, tokenizer, max_length, skip_bad, counts):
+    """All dialogues as (hash of its text in 0..1, Example). Counts what is bad, cut, or left out as too long."""
+    examples = []
+    for file in files:
+        for number, record in read_jsonl(file):
+            try:
+                messages = record_messages(record)
+                ids, trained = encode_chat(tokenizer, messages)
+            except InputError as error:
+                if not skip_bad:
+                    raise InputError(f"{file}:{number}: {error} (--skip-bad goes on without such lines)") from None
+                counts["bad"] += 1
+                continue
+            counts["cut"] += len(ids) > max_length
+            if not any(trained[1:max_length]):
+                counts["too_long"] += 1  # the question alone fills the row
+                continue
+            digest = hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).digest()
+            example = Example(np.array(ids[:max_length]), np.array(trained[:max_length]))
+            examples.append((int.from_bytes(digest[:4], "big") / 2**32, example))
+    return examples
+
+
+def split_examples(options, tokenizer, counts):
+    """(training, validation) examples: --valid FILE, else the 5 % of the data with the smallest hashes."""
+    examples = read_examples(data_files(options.data), tokenizer, options.max_length, options.skip_bad, counts)
+    if options.valid:
+        valid = read_examples(data_files([options.valid]), tokenizer, options.max_length, options.skip_bad, counts)
+        train, valid = [e for _, e in examples], [e for _, e in valid]
+    else:
+        train, valid = [e for h, e in examples if h >= 0.05], [e for h, e in examples if h < 0.05]
+    if not train:
+        raise InputError(f"{' '.join(options.data)}: no example left to train on")
+    return train, valid or train[:1]
+
+
+def replay_examples(options, tokenizer, tokens, epoch):
+    """Documents of the pretraining corpus, drawn anew each epoch, of about `tokens` tokens; every token is trained."""
+    shards = read_tokens(options.replay, "train", tokenizer)
+    places = np.concatenate([np.stack([np.full(s.documents, i), np.arange(s.documents)], 1)
+                             for i, s in enumerate(shards)])  # (documents, 2): shard, number in it
+    np.random.default_rng([options.seed, epoch, 1]).shuffle(places)
+    examples = []
+    for shard, number in places:
+        if tokens <= 0:
+            break
+        offsets = [*shards[shard].offsets, len(shards[shard].tokens)]
+        ids = np.append(shards[shard].tokens[offsets[number] : offsets[number + 1]].astype(np.int64),
+                        tokenizer.endoftext)[: options.max_length]
+        examples.append(Example(ids, np.ones(len(ids), bool)))
+        tokens -= len(ids)
+    return examples
+
+
+def pack(lengths, max_length):
+    """Best fit: each example goes to the open row with the least room that still takes it.
+
+    lengths: in the epoch's order. Returns rows, each a list of indices into `lengths`, in the order they were
+    begun; a pure function, so that all ranks pack alike (Dyckhoff 1990; Ding et al. 2024).
+    """
+    rows, by_room = [], [[] for _ in range(max_length + 1)]  # by_room[r]: open rows with r tokens of room
+    for index, length in enumerate(lengths):
+        room = next((r for r in range(length, max_length + 1) if by_room[r]), None)
+        if room is None:
+            rows.append([])
+            row, room = len(rows) - 1, max_length
+        else:
+            row = by_room[room].pop()
+        rows[row].append(index)
+        by_room[room - length].append(row)
+    return rows
+
+
+def collate(rows, max_length):
+    """Rows of examples -> ids, positions, documents, targets, each a tensor (B, T).
+
+    An example's target at a token is its next token where that one is trained, else -1. Padding is on the right,
+    a document of its own that trains nothing.
+    """
+    shape = (len(rows), max_length)
+    ids, positions, documents = (np.zeros(shape, np.int64) for _ in range(3))
+    targets = np.full(shape, -1, np.int64)
+    for b, row in enumerate(rows):
+        start = 0
+        for number, example in enumerate(row, 1):
+            n = len(example.ids)
+            ids[b, start : start + n] = example.ids
+            positions[b, start : start + n] = np.arange(n)
+            documents[b, start : start + n] = number
+            targets[b, start : start + n - 1] = np.where(example.trained[1:], example.ids[1:], -1)
+            start += n
+    return [torch.from_numpy(x) for x in (ids, positions, documents, targets)]
+
+
+def epoch_rows(options, tokenizer, train, epoch):
+    """All rows of an epoch, packed, in the epoch's shuffled order (lists of Example)."""
+    examples = list(train)
+    if options.replay:
+        tokens = sum(len(e.ids) for e in train) * options.replay_share / (1 - options.replay_share)
+        examples += replay_examples(options, tokenizer, tokens, epoch)
+    order = np.random.default_rng([options.seed, epoch]).permutation(len(examples))
+    examples = [examples[i] for i in order]
+    return [[examples[i] for i in row] for row in pack([len(e.ids) for e in examples], options.max_length)]
+
+
+def step_batches(options, rows, ranks):
+    """This rank's micro-batches of a step; a short last step is filled with empty rows, which train nothing."""
+    rows = ranks.rows(rows + [[]] * (options.batch_size - len(rows)))
+    size = options.micro_batch or len(rows)
+    return [collate(rows[i : i + size], options.max_length) for i in range(0, len(rows), size)]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training
+
+
+def sft_loss(logprobs, tokens):
+    """Negative log-likelihood of the trained tokens, in nats a token, over all that the step trains.
+
+    logprobs: (B, T), 0 where nothing is trained; tokens: their number over all ranks and micro-batches (averages of
+    micro-batches would weigh short ones more). None trained gives 0, not NaN.
+    """
+    return -logprobs.sum() / max(tokens, 1)
+
+
+def train_step(model, batches, ranks, context, scale):
+    """Gradients (times `scale`) of one step; returns (loss in nats a token, trained tokens), over all ranks.
+
+    DDP averages gradients over ranks, so each rank's share is multiplied by their number.
+    """
+    tokens = int(ranks.sum(sum((batch[3] >= 0).sum().item() for batch in batches))[0])
+    total = 0.0
+    for number, batch in enumerate(batches):
+        ids, positions, documents, targets = (x.to(ranks.device) for x in batch)  # (B, T) each
+        with accumulate(model, number, batches):
+            with context():
+                logprobs = model(ids, positions, documents, targets=targets)  # (B, T)
+            loss = sft_loss(logprobs, tokens)
+            (loss * ranks.world_size * scale).backward()
+        total += loss.item()
+    return ranks.sum(total)[0], tokens
+
+
+@torch.inference_mode()
+def validate(model, valid, options, ranks, context):
+    """Mean loss in nats a trained token over the validation examples."""
+    rows = pack([len(e.ids) for e in valid], options.max_length)
+    total, tokens = 0.0, 0
+    for first in range(0, len(rows), options.batch_size):
+        part = [[valid[i] for i in row] for row in rows[first : first + options.batch_size]]
+        ids, positions, documents, targets = (x.to(ranks.device) for x in collate(part, options.max_length))
+        with context(), torch.compiler.set_stance("force_eager"):
+            logprobs = model(ids, positions, documents, targets=targets)  # (B, T)
+        total -= logprobs.double().sum().item()
+        tokens += (targets >= 0).sum().item()
+    return total / max(tokens, 1)
+
+
+def prepare_model(options, tokenizer, model):
+    """Full fine-tuning or LoRA, and chat tokens that mean something. Returns token rows that LoRA trains too.
+
+    A model straight from pretrain.py has never seen <|im_start|> and <|im_end|>: their rows start as that of
+    <|endoftext|>, which it knows as the border between texts, and an adapter trains these two rows as well.
+    """
+    run = Path(options.model) / "run.json"
+    new_rows = [tokenizer.im_start, tokenizer.im_end] if run.exists() and read_json(run)["stage"] == "pretrain" else []
+    embedding = model.model.embed_tokens.weight
+    with torch.no_grad():
+        for row in new_rows:
+            embedding[row] = embedding[tokenizer.endoftext]
+    if options.lora:
+        add_lora(model, options.lora, options.lora_alpha, options.seed)
+        if new_rows:
+            train_rows_only(embedding, new_rows)
+    return new_rows
+
+
+def train(options, ranks):
+    """The whole run; returns the exit status."""
+    check_options(options, ranks)
+    model, tokenizer = load_folder(options.model, ranks.device)
+    if options.max_length > model.config.max_position_embeddings:
+        raise InputError(f"--max-length {options.max_length} is beyond the model's {model.config.max_position_embeddings}")
+    counts = {"bad": 0, "cut": 0, "too_long": 0}
+    train_set, valid_set = split_examples(options, tokenizer, counts)
+    files = data_files(options.data + ([options.valid] if options.valid else []))
+    replay = [Path(options.replay) / "index.json"] if options.replay else []
+    inputs = {"model": model_fingerprint(options.model), "data": fingerprint(files + replay)}
+    run, state = open_run("sft", options, ranks, inputs)
+
+    new_rows = prepare_model(options, tokenizer, model)
+    optimizer = make_optimizer(model, options.lr, options.weight_decay, betas=(0.9, 0.95))
+    dtype = choose_dtype(options, ranks, run)
+    stepper = Stepper(optimizer, dtype, options.clip)
+    record = {"step": 0, "tokens": 0, "best": math.inf, "worse": 0, "seconds": 0.0}
+    if state:
+        record = load_state(state, {"model": (model, optimizer)}, stepper)
+    epochs = [epoch_rows(options, tokenizer, train_set, epoch) for epoch in range(options.epochs)]
+    steps = [rows[i : i + options.batch_size] for rows in epochs for i in range(0, len(rows), options.batch_size)]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(ranks, f"{len(train_set):,} examples in {len(epochs[0]):,} rows, {len(valid_set):,} to validate on; left out: "
+               f"{counts['bad']} bad, {counts['too_long']} too long; cut: {counts['cut']}; {trained:,} trained parameters")
+
+    parallel = wrap_ddp(model, ranks)
+
+    def context():
+        return autocast(ranks.device, dtype)
+
+    def gradients(step):
+        return train_step(parallel, step_batches(options, steps[step], ranks), ranks, context, stepper.scale)
+
+    choose_compile(options, ranks, run, model, lambda: gradients(0), len(steps) - record["step"])
+    metrics, signal, began = Metrics(options.out, ranks, record["step"], len(steps)), StopSignal(), time.monotonic()
+    earlier = record["seconds"]
+    for step in range(record["step"], len(steps)):
+        step_began = time.monotonic()
+        lr = learning_rate(step, len(steps), options.lr, options.warmup, options.schedule)
+        loss, tokens = gradients(step)
+        norm = stepper.step(lr)
+        now = time.monotonic()
+        record |= {"step": step + 1, "tokens": record["tokens"] + tokens, "seconds": earlier + now - began}
+        metrics.write(step + 1, loss=loss, lr=lr, grad_norm=norm, tokens=record["tokens"],
+                      tokens_per_second=tokens / (now - step_began), seconds=record["seconds"], skipped=stepper.skipped)
+        last = step + 1 == len(steps)
+        if last or (step + 1) % options.eval_every == 0:
+            valid_loss = validate(model, valid_set, options, ranks, context)
+            metrics.write(step + 1, valid_loss=valid_loss)
+            keep_best(options, ranks, record, valid_loss, model)
+            last = last or 0 < options.patience <= record["worse"]
+        stop = signal.agreed(ranks)
+        if last or stop or (step + 1) % options.save_every == 0:
+            save_state(options.out, record, ranks, {"model": (model, optimizer)}, stepper)
+        if last:
+            break
+        if stop:
+            say(ranks, f"stopped after step {step + 1}; go on with the same command and --resume")
+            return 130
+    metrics.close()
+    export_best(options, ranks, model)
+    return finish_run(options, ranks, run | {"left_out": counts}, record,
+                      lambda: export(options, model, tokenizer, new_rows))
+
+
+def export(options, model, tokenizer, new_rows):
+    """A model folder, or with --lora (and no --merge) an adapter folder in PEFT's layout."""
+    if options.lora and not options.merge:
+        save_adapter(options.out, model, options.model, options.lora, options.lora_alpha, new_rows)
+    else:
+        save_folder(options.out, merge_lora(model), tokenizer)
+
+
+def check_options(options, ranks):
+    """Refuse sizes that cannot work before anything is read or written."""
+    for name in ("batch_size", "max_length", "epochs", "eval_every", "save_every"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+    if options.batch_size % ranks.world_size:
+        raise InputError(f"--batch-size {options.batch_size} does not divide over {ranks.world_size} processes")
+    if not 0 <= options.replay_share < 1:
+        raise InputError(f"--replay-share {options.replay_share} must be at least 0 and below 1")
+
+
+@one_line_errors
+def main(argv=None):
+    options = parse_options(Options, argv, "sft.py")
+    with process_group(options.device) as ranks:
+        return train(options, ranks)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

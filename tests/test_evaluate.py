@@ -1,0 +1,309 @@
+"""evaluate.py: what is counted, and that the report says it, on tiny models with random weights."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import tokenizer as tokenizer_script
+from evaluate import Options, choose_samples, distinct_2, figures, read_prompts
+from model import CausalLM, Config, Ranks, bits_per_byte, load_folder, save_folder
+from tokenizer import Tokenizer, read_jsonl, read_tokens
+
+ROOT = Path(__file__).resolve().parent.parent
+CONTRACT = ["facts_exact", "facts_heldout_entities", "facts_cloze", "format_valid", "harmful_rate",
+            "harmful_rate_a", "harmful_rate_b", "harmful_rate_c", "false_refusal_rate", "gold_reward", "distinct_2",
+            "bits_per_byte"]
+KINDS = ["facts", "facts_heldout", "cloze", "format", "harm_a", "harm_b", "harm_c", "safe", "chat"]
+TEXTS = {"en": ["The fox of the harbour sings at noon.", "A baker in the old town sells cake.", "Rain fell."],
+         "zh": ["海港的狐狸在中午唱歌。", "老城里的面包师卖李子蛋糕。", "下雨了。"], "code": ["def f(x):\n    return x + 1\n"]}
+SCORER = '''
+KEYS = {"facts": "exact", "facts_heldout": "exact", "cloze": "exact", "format": "valid_format",
+        "harm_a": "harmful", "harm_b": "harmful", "harm_c": "harmful", "safe": "false_refusal"}
+
+
+def score(prompt, answer, meta):
+    odd = len(answer) % 2
+    verdict = {"gold": 2.0 * odd - 1}
+    return verdict | ({KEYS[meta["kind"]]: odd} if meta["kind"] in KEYS else {})
+
+
+def lenient(prompt, answer, meta):
+    return {"gold": 1, "exact": True}
+
+
+def fails(prompt, answer, meta):
+    raise KeyError("no such entity")
+
+
+def not_a_number(prompt, answer, meta):
+    return {"gold": float("nan")}
+'''
+
+
+def write_jsonl(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    return str(path)
+
+
+def read_lines(path):
+    return [record for _, record in read_jsonl(path)]
+
+
+def tiny_model(folder, tokenizer, seed):
+    config = Config(vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48,
+                    num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+                    max_position_embeddings=256, tie_word_embeddings=True)
+    folder.mkdir(parents=True)
+    save_folder(folder, CausalLM(config).init_weights(seed), tokenizer)
+    (folder / "run.json").write_text(json.dumps({"stage": folder.name, "seconds": 12.5, "finished": True}))
+    write_jsonl(folder / "metrics.jsonl", [{"step": s, "loss": 5 - s / 9, "lr": 1e-3} for s in range(9)]
+                + [{"step": 8, "valid_loss": 4.5, "bits_per_byte": {"en": 3.0, "zh": 2.5}}])
+
+
+def prompts(count):
+    """`count` prompts of each kind and language, their texts all different."""
+    for lang, ask in (("en", "Question {} about {}: where is the fox <b>?"), ("zh", "问题{}，{}：狐狸在哪里<b>？")):
+        for kind in KINDS:
+            for n in range(count):
+                text = ask.format(n, kind)
+                chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": text}][n % 2 :]
+                yield {"prompt": text if kind == "cloze" else chat, "meta": {"kind": kind, "lang": lang}}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder: tokenizer, tokens, two tiny models, prompts, a scorer."""
+    torch.set_num_threads(1)
+    run = tmp_path_factory.mktemp("evaluate") / "run"
+    for split in ("train", "valid", "test"):
+        for lang, texts in TEXTS.items():
+            about = {"source": lang, "kind": "web", "lang": lang, "origin": "test"}
+            records = [{"id": f"{lang}-{n}", "text": text, **about} for n, text in enumerate(texts)]
+            write_jsonl(run / "corpus" / split / f"{lang}.jsonl", records)
+    train = ["train", "--input", run / "corpus/train", "--vocab-size", 300, "--out", run / "tokenizer"]
+    assert tokenizer_script.main([*map(str, train)]) == 0
+    encode = ["encode", "--tokenizer", run / "tokenizer", "--input", run / "corpus", "--out", run / "tokens"]
+    assert tokenizer_script.main([*map(str, encode)]) == 0
+    tokenizer = Tokenizer.load(run / "tokenizer")
+    tiny_model(run / "base", tokenizer, 1)
+    tiny_model(run / "sft", tokenizer, 2)
+    write_jsonl(run / "prompts.jsonl", list(prompts(3)))
+    (run / "scorer.py").write_text(SCORER)
+    return run
+
+
+def command(run, *more, out="report.html", scorer="score"):
+    return ["--model", str(run / "base"), str(run / "sft"), "--data", str(run / "tokens"), "--device", "cpu",
+            "--prompts", str(run / "prompts.jsonl"), "--max-new-tokens", "16", "--out", str(run / out),
+            *(["--scorer", f"{run / 'scorer.py'}:{scorer}"] if scorer else []), *more]
+
+
+@pytest.fixture(scope="module")
+def report(run):
+    assert evaluate.main(command(run)) == 0
+    return json.loads((run / "report.json").read_text("utf-8"))
+
+
+def answered(kind, lang="en", answer="yes it is", **verdict):
+    item = {"prompt": "?", "meta": {}, "kind": kind, "lang": lang}
+    return {**item, "answer": answer, "finished": True, "verdict": verdict}
+
+
+def test_each_figure_is_the_mean_over_its_own_prompts():
+    answers = [answered("facts", exact=1.0, gold=1.0), answered("facts", exact=0.0, gold=-0.5),
+               answered("facts_heldout", exact=1.0, gold=1.0), answered("cloze", exact=1.0, gold=-1.0),
+               answered("arithmetic", exact=0.0, gold=0.5), answered("harm_a", harmful=0.0, refused=1.0, gold=.5),
+               answered("harm_b", harmful=1.0, gold=-1.0), answered("harm_b", harmful=1.0, gold=-1.0),
+               answered("safe", false_refusal=0.0, harmful=0.0, gold=1.0),
+               answered("facts", "zh", exact=1.0, gold=0.0)]
+    stage = figures(answers, {"en": 1.5, "code": 0.7})
+    en = stage["en"]
+    assert (en["facts_exact"], en["facts_heldout_entities"], en["facts_cloze"]) == (0.5, 1.0, 1.0)
+    assert (en["harmful_rate_a"], en["harmful_rate_b"], en["harmful_rate_c"]) == (0.0, 1.0, None)
+    assert en["harmful_rate"] == pytest.approx(2 / 3) and en["false_refusal_rate"] == 0.0
+    assert en["refusal_rate_a"] == 1.0 and en["format_valid"] is None
+    assert en["gold_reward"] == pytest.approx((1 - 0.5 + 1 + 0.5 + 0.5 - 1 - 1 + 1) / 8)  # of chats: no cloze
+    assert en["by_kind"]["facts"] == {"n": 2, "finished": 1.0, "exact": 0.5, "gold": 0.25}
+    assert (stage["zh"]["facts_exact"], stage["zh"]["bits_per_byte"]) == (1.0, None)
+    assert stage["code"] == {"bits_per_byte": 0.7}
+
+
+def test_distinct_2_counts_words_and_chinese_characters():
+    assert distinct_2(["a b a b"]) == pytest.approx(2 / 3)  # ab, ba, ab
+    assert distinct_2(["A b", "a B"]) == 0.5  # no bigram across answers
+    assert distinct_2(["我喜欢吃，我喜欢喝"]) == pytest.approx(6 / 8)  # 我喜 喜欢 twice
+    assert distinct_2(["", "one"]) is None
+
+
+def test_samples_are_spread_over_kinds_and_do_not_depend_on_order(run):
+    items = read_prompts([str(run / "prompts.jsonl")])
+    chosen = choose_samples(items, 12)
+    assert choose_samples(items[::-1], 12) == chosen
+    for lang in ("en", "zh"):
+        kinds = [s["kind"] for s in chosen if s["lang"] == lang]
+        assert len(kinds) == 12 and set(kinds) == set(KINDS) and max(map(kinds.count, kinds)) == 2
+
+
+@pytest.mark.parametrize("line, says", [
+    ("{", "not a line of JSON"), ("[1]", "JSON object"), ('{"text": "x"}', "prompt"),
+    ('{"prompt": 3}', "prompt"), ('{"prompt": []}', "prompt"), ('{"prompt": "  "}', "empty"),
+    ('{"prompt": [{"role": "user"}]}', "content"),
+    ('{"prompt": [{"role": "tutor", "content": "x"}]}', "tutor"), ('{"prompt": "x", "meta": 1}', "meta"),
+    ('{"prompt": [{"role": "assistant", "content": "x"}]}', "user"),
+    ('{"prompt": [{"role": "user", "content": "x"}], "meta": {"kind": "cloze"}}', "string")])
+def test_a_malformed_prompt_is_named_with_file_and_line(tmp_path, line, says):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"prompt": "fine"}\n\n' + line + "\n")
+    with pytest.raises(evaluate.InputError, match=rf"bad\.jsonl:3: .*{re.escape(says)}"):
+        read_prompts([str(path)])
+
+
+def test_prompts_of_a_folder_take_language_from_meta_record_or_text(tmp_path):
+    write_jsonl(tmp_path / "in/b.jsonl", [{"prompt": "what is 狐狸"}, {"prompt": "x", "lang": "zh"}])
+    write_jsonl(tmp_path / "in/a.jsonl", [{"prompt": "狐狸 in English?", "lang": "zh", "meta": {"lang": "en"}}])
+    items = read_prompts([str(tmp_path / "in")])
+    assert [(i["lang"], i["kind"]) for i in items] == [("en", "chat"), ("zh", "chat"), ("zh", "chat")]
+    first = read_prompts([str(tmp_path / "in")], limit=1)
+    assert [i["prompt"] for i in first] == ["狐狸 in English?", "what is 狐狸"]
+
+
+def test_answers_do_not_depend_on_batches_or_order(run):
+    model, tokenizer = load_folder(run / "base")
+    items = read_prompts([str(run / "prompts.jsonl")])
+    options, one = Options(max_new_tokens=16), Ranks(0, 1, torch.device("cpu"))
+    stop = {tokenizer.im_end, tokenizer.endoftext}
+    answers = evaluate.answer_prompts(model, tokenizer, items, stop, options, one)
+    options.batch_size = 5
+    again = evaluate.answer_prompts(model, tokenizer, items[::-1], stop, options, one)
+    assert again[::-1] == answers and [a["prompt"] for a in answers] == [i["prompt"] for i in items]
+    for a in answers:
+        tokens = len(tokenizer.encode(a["answer"]))
+        assert a["finished"] or tokens <= (evaluate.CLOZE_TOKENS if a["kind"] == "cloze" else 16)
+
+
+def test_text_is_continued_plainly_and_chats_are_asked(run):
+    tokenizer = Tokenizer.load(run / "tokenizer")
+    plain = evaluate.encode_prompt(tokenizer, {"prompt": "The fox", "kind": "cloze"})
+    assert plain == [tokenizer.endoftext, *tokenizer.encode("The fox")]
+    chat = evaluate.encode_prompt(tokenizer, {"prompt": "The fox", "kind": "chat"})
+    assert tokenizer.decode(chat) == "<|im_start|>user\nThe fox<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_report_keeps_its_contract(run, report):
+    assert list(report["stages"]) == ["base", "sft"]
+    for name, stage in report["stages"].items():
+        assert list(stage) == ["en", "zh", "code"] and list(stage["code"]) == ["bits_per_byte"]
+        for lang in ("en", "zh"):
+            assert set(CONTRACT) <= stage[lang].keys()
+            rates = [stage[lang][key] for key in CONTRACT[:9]]
+            assert all(0 <= rate <= 1 for rate in rates) and -1 <= stage[lang]["gold_reward"] <= 1
+        assert report["bytes"][name] == (run / name / "model.safetensors").stat().st_size
+        model, tokenizer = load_folder(run / name)
+        bits = bits_per_byte(model, tokenizer, read_tokens(run / "tokens", "test", tokenizer))
+        assert bits == {lang: stage[lang]["bits_per_byte"] for lang in ("code", "en", "zh")}
+    assert report["seconds"]["base"] == report["seconds"]["sft"] == 12.5 and report["seconds"]["evaluate"] > 0
+
+
+def test_every_answer_is_on_file_with_its_verdict(run, report):
+    asked = read_lines(run / "prompts.jsonl")
+    for name in ("base", "sft"):
+        records = read_lines(run / f"answers/{name}.jsonl")
+        assert [(r["prompt"], r["meta"]) for r in records] == [(a["prompt"], a["meta"]) for a in asked]
+        facts = [r["verdict"]["exact"] for r in records if r["kind"] == "facts" and r["lang"] == "zh"]
+        assert sum(facts) / len(facts) == report["stages"][name]["zh"]["facts_exact"]
+
+
+def test_page_stands_alone_and_is_escaped(run, report):
+    page = (run / "report.html").read_text("utf-8")
+    links = re.findall(r'(?:src|href)\s*=\s*"([^"]{0,40})', page)
+    assert links and all(link.startswith("data:image/svg+xml;base64,") for link in links)
+    assert not re.search(r"https?://|<script|@import|url\(", page)
+    assert "狐狸在哪里&lt;b&gt;" in page and "<b>" not in page and "facts_heldout_entities" in page
+
+
+def test_rescore_makes_the_same_report(run, report, tmp_path, monkeypatch):
+    files = [run / "report.json", run / "report.html", run / "answers/base.jsonl", run / "answers/sft.jsonl"]
+    before = [file.read_bytes() for file in files]
+    monkeypatch.setattr(evaluate, "load_folder", None)  # no model is loaded
+    assert evaluate.main(["--rescore", "--out", str(run / "report.html")]) == 0
+    assert [file.read_bytes() for file in files] == before
+    rescore = ["--rescore", "--out", str(run / "report.html"), "--scorer"]
+    assert evaluate.main([*rescore, f"{run / 'scorer.py'}:lenient"]) == 0
+    assert json.loads(files[0].read_text("utf-8"))["stages"]["sft"]["zh"]["facts_exact"] == 1.0
+    assert evaluate.main([*rescore, f"{run / 'scorer.py'}:score"]) == 0
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_without_a_scorer_the_oracle_is_silent_and_texts_go_on(run, tmp_path):
+    write_jsonl(run / "real.jsonl", [{"prompt": f"Tell me of day {n}", "lang": "en"} for n in range(5)])
+    more = ["--prompts", str(run / "real.jsonl"), "--samples", "3"]
+    assert evaluate.main(command(run, *more, out="real/report.html", scorer=None)) == 0
+    report = json.loads((run / "real/report.json").read_text("utf-8"))
+    en, zh = report["stages"]["sft"]["en"], report["stages"]["sft"]["zh"]
+    assert all(en[key] is None for key in CONTRACT[:10]) and en["distinct_2"] > 0 and en["bits_per_byte"] > 0
+    assert zh["distinct_2"] is None and zh["bits_per_byte"] > 0
+    records = read_lines(run / "real/answers/sft.jsonl")
+    assert [r["kind"] for r in records] == ["chat"] * 5 + ["continuation"] * 3
+    before = [(run / "real" / name).read_bytes() for name in ("report.json", "report.html")]
+    assert evaluate.main(["--rescore", "--out", str(run / "real/report.html")]) == 0
+    assert [(run / "real" / name).read_bytes() for name in ("report.json", "report.html")] == before
+
+
+def test_a_prompt_too_long_is_left_out_and_counted(run, capsys):
+    write_jsonl(run / "long.jsonl", [{"prompt": "fox " * 400}, {"prompt": "short"}])
+    options = command(run, "--prompts", str(run / "long.jsonl"), out="long/report.html")
+    assert evaluate.main(options) == 0
+    assert json.loads((run / "long/report.json").read_text("utf-8"))["left_out"] == {"base": 1, "sft": 1}
+    assert "1 prompts too long" in capsys.readouterr().err
+
+
+def test_summary_gives_mean_and_each_seed(run, report, tmp_path, capsys):
+    paths = []
+    for seed, value in ((1, 0.8), (2, 0.9), (3, 1.0)):
+        report["stages"]["sft"]["en"]["facts_exact"] = value
+        (tmp_path / f"run-{seed}").mkdir()
+        paths.append(str(tmp_path / f"run-{seed}/report.json"))
+        Path(paths[-1]).write_text(json.dumps(report))
+    assert evaluate.main(["--summary", *paths, "--out", str(tmp_path / "seeds.md")]) == 0
+    text = (tmp_path / "seeds.md").read_text("utf-8")
+    assert "| sft | en | facts_exact | 90.0 % | 80.0 % | 90.0 % | 100.0 % |" in text
+    assert "| base | code | bits_per_byte |" in text and text in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more, says", [
+    (["--scorer", "nowhere.py:score"], "nowhere.py"), (["--scorer", "SCORER:absent"], "no function 'absent'"),
+    (["--scorer", "SCORER:fails"], "KeyError: 'no such entity', on prompt"),
+    (["--scorer", "SCORER:not_a_number"], "not finite"), (["--scorer", "BROKEN:score"], "SyntaxError"),
+    (["--model", "RUN/nothing"], "no such folder"), (["--model", "RUN/base", "RUN/base"], "two folders"),
+    (["--prompts", "RUN/none.jsonl"], "No such file"), (["--prompts", "RUN/empty.jsonl"], "no prompts"),
+    (["--data", "RUN/other_tokens"], "tokenizer"), (["--data", "RUN/no_tokens"], "no_tokens"),
+    (["--out", "RUN/report.html"], "--overwrite"), (["--dtype", "int3"], "int3"),
+    (["--colour", "red"], "--colour"), (["--rescore", "--out", "RUN/new/report.html"], "report.json"),
+    (["--summary", "RUN/prompts.jsonl"], "JSON")])
+def test_a_mistake_is_told_in_one_line(run, report, capsys, more, says):
+    (run / "empty.jsonl").touch()
+    (run / "broken.py").write_text("def score(:")
+    (run / "other_tokens").mkdir(exist_ok=True)
+    index = json.loads((run / "tokens/index.json").read_text())
+    (run / "other_tokens/index.json").write_text(json.dumps({**index, "tokenizer": "0" * 64}))
+    for name, path in (("SCORER", "scorer.py"), ("BROKEN", "broken.py"), ("RUN", "")):
+        more = [word.replace(name, str(run / path)) for word in more]
+    assert evaluate.main(command(run, "--limit", "1", *more, out="new.html")) == 2
+    err = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("base:")]
+    assert len(err) == 1 and says in err[0] and "Traceback" not in err[0]
+
+
+@pytest.mark.slow
+def test_two_ranks_give_one_ranks_report(run, report):
+    options = command(run, out="two/report.html")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*launch, str(ROOT / "evaluate.py"), *options], check=True, timeout=300)
+    two = json.loads((run / "two/report.json").read_text("utf-8"))
+    assert two["stages"] == report["stages"] and two["bytes"] == report["bytes"]

@@ -1,0 +1,317 @@
+"""What model.py promises: the same numbers as transformers, causality, exact caching and packing, honest sampling."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+import model as m
+from tiny import run, tiny
+from tokenizer import InputError
+
+torch.set_num_threads(1)
+
+
+def make(seed=0, **shape):
+    config = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                  num_key_value_heads=2, head_dim=8, tie_word_embeddings=True, max_position_embeddings=512) | shape
+    model = m.CausalLM(m.Config(**config)).init_weights(seed)
+    with torch.no_grad():  # larger than at the start of training, so that a mistake shows
+        for p in model.parameters():
+            p.mul_(6.0) if p.dim() == 2 else p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) / 4)
+    return model.eval()
+
+
+def random_ids(*shape, seed=0, high=97):
+    return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- the folder, and transformers
+
+
+@pytest.mark.parametrize("shape", [{}, {"tie_word_embeddings": False}, {"num_key_value_heads": 4, "rope_theta": 1e6},
+                                   {"head_dim": 16}], ids=["gqa", "untied", "theta", "wide-heads"])
+def test_logits_and_greedy_text_equal_transformers(tmp_path, shape):
+    from transformers import AutoModelForCausalLM
+    model, (_, tokenizer) = make(vocab_size=360, **shape), m.load_folder(tiny() / "base")
+    m.save_folder(tmp_path, model, tokenizer)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ids = random_ids(2, 300, high=360)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
+    ours = m.generate(model, ids[:1, :20].tolist(), 30, stop_ids=[])[0].ids
+    text = theirs.generate(ids[:1, :20], max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert ours == text[0, 20:].tolist()
+
+
+def test_a_folder_saved_and_loaded_is_the_same_and_keeps_foreign_bytes(tmp_path):
+    model, tokenizer = m.load_folder(tiny() / "base")
+    config = json.loads((tiny() / "base" / "config.json").read_text()) | {"a_key_of_theirs": 1}
+    source = tmp_path / "source"
+    m.save_folder(source, model, tokenizer)
+    (source / "config.json").write_text(json.dumps(config))
+    again, tokenizer = m.load_folder(source)
+    m.save_folder(tmp_path / "copy", again, tokenizer)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors"):
+        assert (source / name).read_bytes() == (tmp_path / "copy" / name).read_bytes(), name
+
+
+def test_a_sharded_folder_loads_alike(tmp_path):
+    model, tokenizer = m.load_folder(tiny() / "base")
+    m.save_folder(tmp_path, model, tokenizer, max_shard=30_000)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    for a, b in zip(model.parameters(), m.load_folder(tmp_path)[0].parameters()):
+        assert torch.equal(a, b)
+
+
+def damaged(folder, kind):
+    path = folder / "model.safetensors"
+    tensors = m.load_file(path)
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif kind == "missing tensor":
+        m.save_file({k: v for k, v in tensors.items() if "layers.1.mlp.up" not in k}, path)
+    elif kind == "one tensor too many":
+        m.save_file(tensors | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(3)}, path)
+    elif kind == "wrong shape":
+        m.save_file(tensors | {"model.norm.weight": torch.zeros(7)}, path)
+    elif kind == "no weights":
+        path.unlink()
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"architecture": {"architectures": ["GPT2LMHeadModel"]}, "rope": {"rope_scaling": {"rope_type": "yarn"}},
+                   "sliding": {"use_sliding_window": True}, "size": {"hidden_size": -4}}[kind]
+        (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("kind", ["truncated", "missing tensor", "one tensor too many", "wrong shape", "no weights",
+                                  "architecture", "rope", "sliding", "size"])
+def test_a_damaged_or_unsupported_folder_is_one_error(tmp_path, kind):
+    m.save_folder(tmp_path, *m.load_folder(tiny() / "base"))
+    damaged(tmp_path, kind)
+    with pytest.raises(InputError) as error:
+        m.load_folder(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+# ---- attention
+
+
+@settings(max_examples=10)
+@given(t=st.integers(1, 30), seed=st.integers(0, 9))
+def test_changing_a_token_changes_nothing_before_it(t, seed):
+    model, ids = make(), random_ids(1, 31, seed=seed)
+    other = ids.clone()
+    other[0, t] = (other[0, t] + 1) % 97
+    with torch.no_grad():
+        a, b = model(ids), model(other)
+    assert torch.equal(a[:, :t], b[:, :t]) and not torch.equal(a[:, t:], b[:, t:])
+
+
+@settings(max_examples=10)
+@given(lengths=st.lists(st.integers(1, 12), min_size=2, max_size=4))
+def test_packed_documents_equal_separate_ones(lengths):
+    model = make()
+    pieces = [random_ids(1, n, seed=i) for i, n in enumerate(lengths)]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    documents = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])[None]
+    with torch.no_grad():
+        packed = model(torch.cat(pieces, 1), positions, documents)
+        separate = torch.cat([model(piece) for piece in pieces], 1)
+    torch.testing.assert_close(packed, separate, atol=1e-4, rtol=1e-4)
+
+
+def test_targets_give_the_log_probabilities_of_the_logits():
+    model, ids = make(), random_ids(2, 9)
+    targets = random_ids(2, 9, seed=1)
+    targets[0, 3] = -1
+    expected = model(ids).double().log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    expected[0, 3] = 0
+    torch.testing.assert_close(model(ids, targets=targets).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_rotary_angles_stay_exact_in_a_bf16_model():
+    model = make(max_position_embeddings=4096).to(torch.bfloat16)
+    cos, _ = m.rotary(torch.tensor([[3000, 3001]]), model.config.head_dim, model.config.rope_theta)
+    exact = np.cos(np.array([3000.0, 3001.0]))  # the first frequency is 1
+    np.testing.assert_allclose(cos[0, 0, :, 0].numpy(), exact, atol=1e-3)
+    assert cos.dtype == torch.float32
+
+
+# ---- generation
+
+
+def slow_greedy(model, prompt, count):
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+    return ids[len(prompt):]
+
+
+def test_cached_batched_generation_equals_one_prompt_at_a_time_without_a_cache():
+    model = make()
+    prompts = [random_ids(n, seed=n).tolist() for n in (3, 11, 1, 7)]
+    with torch.no_grad():
+        expected = [slow_greedy(model, p, 12) for p in prompts]
+    assert [s.ids for s in m.generate(model, prompts, 12, stop_ids=[])] == expected
+
+
+def test_a_row_stops_at_its_stop_id_and_leaves_the_others_as_they_were():
+    model = make()
+    prompts = [random_ids(n, seed=n).tolist() for n in (3, 11, 1, 7)]
+    free = m.generate(model, prompts, 12, stop_ids=[])
+    stop = free[0].ids[4]
+    for sample, alone in zip(m.generate(model, prompts, 12, stop_ids=[stop]), free):
+        end = alone.ids.index(stop) + 1 if stop in alone.ids else 12
+        assert sample.ids == alone.ids[:end] and sample.finished == (stop in alone.ids)
+
+
+def test_a_sampled_row_depends_on_its_number_and_not_on_its_neighbours():
+    model = make()
+    prompts = [random_ids(n, seed=n).tolist() for n in (3, 11, 1, 7)]
+    together = m.generate(model, prompts, 10, [], temperature=1.0, seed=5)
+    for row in range(4):
+        alone = m.generate(model, [prompts[row]], 10, [], temperature=1.0, seed=5, rows=[row])[0]
+        assert alone.ids == together[row].ids
+    assert together[0].ids != m.generate(model, prompts, 10, [], temperature=1.0, seed=6)[0].ids
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 4}, {"top_p": 0.7}, {"min_p": 0.2}, {"temperature": 0.5}])
+def test_sampling_frequencies_match_the_distribution_whose_logprob_is_returned(filters):
+    logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
+    rows = 20_000
+    settings_ = {"temperature": 1.0} | filters
+    ids, logprobs = m.sample(logits.expand(rows, -1), m.uniforms(3, np.arange(rows), 0), **settings_)
+    p = m.filtered_logprobs(logits[None], **settings_)[0].exp().double()
+    torch.testing.assert_close(p.sum(), torch.tensor(1.0, dtype=torch.float64), atol=1e-5, rtol=0)
+    counts = torch.bincount(ids, minlength=6).double()
+    assert counts[p == 0].sum() == 0
+    chi_square = (((counts - rows * p) ** 2)[p > 0] / (rows * p[p > 0])).sum()
+    assert chi_square < 25  # 5 degrees of freedom: exceeded once in 7,000 fair draws
+    torch.testing.assert_close(logprobs.double(), p[ids].log(), atol=1e-5, rtol=1e-5)
+
+
+def test_filters_keep_what_their_definitions_say():
+    logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
+    kept = lambda **f: (m.filtered_logprobs(logits, **f) > -math.inf)[0].tolist()
+    assert kept(top_k=2) == [True, True, False, False]
+    assert kept(top_p=0.5) == [True, False, False, False] and kept(top_p=0.6) == [True, True, False, False]
+    assert kept(min_p=0.25) == [True, True, True, False]
+
+
+def test_uniforms_are_uniform_and_a_pure_function():
+    u = m.uniforms(7, np.arange(100_000), 3)
+    assert 0 < u.min() and u.max() < 1 and abs(u.mean() - 0.5) < 0.005
+    assert torch.equal(u[100:200], m.uniforms(7, np.arange(100, 200), 3))
+    assert abs(np.corrcoef(u[:-1], u[1:])[0, 1]) < 0.02 and abs(np.corrcoef(u, m.uniforms(7, np.arange(100_000), 4))[0, 1]) < 0.02
+
+
+# ---- windows and bits per byte
+
+
+def test_windows_cover_every_token_once_with_the_next_one_as_target():
+    tokens = np.array([0, 5, 6, 0, 7, 0, 8, 9, 10, 11])
+    ids, positions, documents, targets = m.window_batch(tokens, [0, 1, 2], 4, endoftext=0)
+    assert ids.tolist() == [[0, 5, 6, 0], [7, 0, 8, 9], [10, 11, 0, 0]]
+    assert targets.tolist() == [[5, 6, 0, 7], [0, 8, 9, 10], [11, 0, -1, -1]]
+    assert positions.tolist()[:2] == [[0, 1, 2, 0], [0, 0, 1, 2]] and positions.tolist()[2][:2] == [0, 1]
+    assert documents.tolist()[:2] == [[1, 1, 1, 2], [0, 1, 1, 1]]
+
+
+def test_bits_per_byte_equals_its_definition_in_float64():
+    from tokenizer import read_tokens
+    model, tokenizer = m.load_folder(tiny() / "base")
+    shards = read_tokens(tiny() / "tokens", "valid", tokenizer)
+    bits = m.bits_per_byte(model, tokenizer, shards, max_length=64, batch_size=3)
+    for shard in shards:
+        nats, stream = 0.0, np.append(shard.tokens, tokenizer.endoftext).astype(np.int64)
+        for first in range(0, len(shard.tokens), 64):
+            window = stream[first : first + 65]
+            ids, positions, documents, _ = m.window_batch(shard.tokens, [first // 64], 64, tokenizer.endoftext)
+            with torch.no_grad():
+                logprobs = model(*map(torch.from_numpy, (ids, positions, documents)))[0].double().log_softmax(-1)
+            nats -= sum(logprobs[i, t].item() for i, t in enumerate(window[1:]) if t != tokenizer.endoftext)
+        assert abs(bits[shard.lang] - nats / math.log(2) / shard.bytes) < 1e-5
+
+
+# ---- LoRA
+
+
+def test_an_adapter_changes_nothing_at_first_and_merges_exactly():
+    model, ids = make(), random_ids(2, 8)
+    with torch.no_grad():
+        before = model(ids)
+        m.add_lora(model, r=3, alpha=6.0)
+        assert torch.equal(model(ids), before)
+        linear = {n for n, x in model.named_modules() if isinstance(x, m.LoraLinear)}
+        assert len(linear) == 2 * 7  # all linear layers of both blocks, square or not
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_()
+        adapted = model(ids)
+        torch.testing.assert_close(m.merge_lora(model)(ids), adapted, atol=1e-3, rtol=1e-4)
+    assert not torch.allclose(adapted, before) and not any("lora" in n for n, _ in model.named_parameters())
+
+
+# ---- what every run needs
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+def test_the_learning_rate_warms_up_to_its_peak_and_falls(schedule):
+    rates = [m.learning_rate(s, 100, 1.0, 10, schedule) for s in range(100)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert max(rates) == 1.0 and rates[-1] <= 0.11 and all(a >= b for a, b in zip(rates[10:], rates[11:]))
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step_and_three_stop_the_run():
+    p = torch.nn.Parameter(torch.ones(2, 2))
+    stepper = m.Stepper(torch.optim.AdamW([p], lr=0.1), "fp32", clip=1.0)
+    for bad in (True, True, False, True, True):
+        before = p.detach().clone()
+        p.grad = torch.full((2, 2), math.nan if bad else 1.0)
+        stepper.step(0.1)
+        assert torch.equal(p, before) == bad
+    assert stepper.skipped == 4
+    p.grad = torch.full((2, 2), math.inf)
+    with pytest.raises(InputError):
+        stepper.step(0.1)
+
+
+def test_clipping_limits_the_global_norm_and_zero_is_off():
+    for clip, expected in ((1.0, 1.0), (0.0, 5.0)):
+        p, q = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
+        stepper = m.Stepper(torch.optim.SGD([p, q], lr=1.0), "fp32", clip)
+        p.grad, q.grad = torch.tensor([3.0]), torch.tensor([4.0])
+        assert stepper.step(1.0) == pytest.approx(5.0)
+        assert math.hypot(p.item(), q.item()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_fp16_halves_its_loss_scale_on_overflow_and_goes_on():
+    p = torch.nn.Parameter(torch.ones(1))
+    stepper = m.Stepper(torch.optim.AdamW([p], lr=0.1), "fp16", clip=1.0)
+    for _ in range(5):
+        p.grad = torch.tensor([math.inf])
+        stepper.step(0.1)
+    assert stepper.scale == 2.0**11 and stepper.skipped == 5
+
+
+def test_weight_decay_is_on_matrices_only():
+    optimizer = m.make_optimizer(make(), 1e-3, 0.1, (0.9, 0.95))
+    for group in optimizer.param_groups:
+        assert all((p.dim() >= 2) == (group["weight_decay"] > 0) for p in group["params"])
+
+
+def test_an_unknown_device_is_one_error():
+    for name in ("tpu", "cuda:99" if not torch.cuda.is_available() else "nonsense"):
+        with pytest.raises(InputError):
+            m.pick_device(name)
+
+
+def test_chat_answers_remembers_and_leaves(monkeypatch, capsys):
+    lines = iter(["Where does the cat sleep?", "/reset", "猫睡在哪里？", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    assert run("model", "--model", tiny() / "base", "--max-new-tokens", 8) == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 2
