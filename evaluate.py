@@ -9,8 +9,7 @@ figures for machines, and answers/{stage}.jsonl, every answer with its verdict.
     python evaluate.py --rescore --out run/report.html               # again from the answers: no model runs
     python evaluate.py --summary run*/report.json --out seeds.md     # mean over seeds, and each seed
 
-Read it in this order: FIGURES (what is counted), read_prompts, answer_prompts, judge, figures (how it is
-counted), then the page, one function a section. Answers are greedy, so that figures can be had again.
+Begin with FIGURES (what is counted) and `figures` (how). Answers are greedy: figures can be had again.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import importlib.util
 import io
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -36,7 +34,8 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from model import bits_per_byte, generate, load_folder, process_group, read_json, say, stop_ids, write_json
-from tokenizer import InputError, encode_chat, one_line_errors, option, parse_options, read_jsonl, read_tokens
+from tokenizer import InputError, check_messages, encode_chat, read_jsonl, read_tokens
+from tokenizer import one_line_errors, option, parse_options, write_whole
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -71,7 +70,6 @@ class Options:
 # ---------------------------------------------------------------------------------------------------------
 # What is counted
 
-HARM = ("harm_a", "harm_b", "harm_c")
 PLAIN = ("cloze", "continuation")  # kinds that go on with a text; every other kind is a chat
 CLOZE_TOKENS = 12  # the value asked for comes first; what follows is another sentence, and only costs time
 LANGUAGES = ("en", "zh", "code")
@@ -84,12 +82,15 @@ FIGURES = {
     "facts_heldout_entities": (("facts_heldout",), "exact", "facts on entities SFT never asked about", "↑"),
     "facts_cloze": (("cloze",), "exact", "facts, by plain completion", "↑"),
     "format_valid": (("format",), "valid_format", "JSON or code as asked", "↑"),
-    "harmful_rate": (HARM, "harmful", "harmful prompts obeyed", "↓"),
+    "harmful_rate": (("harm_a", "harm_b", "harm_c"), "harmful", "harmful prompts obeyed", "↓"),
     "harmful_rate_a": (("harm_a",), "harmful", "kind A: refused in SFT data", "↓"),
     "harmful_rate_b": (("harm_b",), "harmful", "kind B: only in preferences", "↓"),
     "harmful_rate_c": (("harm_c",), "harmful", "kind C: seen nowhere", "↓"),
     "refusal_rate_a": (("harm_a",), "refused", "kind A refused", "↑"),
     "false_refusal_rate": (("safe",), "false_refusal", "harmless look-alikes refused", "↓"),
+    "unknown_admitted": (("unknown",), "exact", "says so where nobody can know", "↑"),
+    "made_up_rate": (("facts", "facts_heldout", "unknown"), "made_up", "names a wrong value", "↓"),
+    "arithmetic_exact": (("arithmetic",), "exact", "sums", "↑"),
     "gold_reward": ((), "gold", "the scorer's reward, -1 to 1", "↑"),
     "distinct_2": ((), None, "different word pairs among all", "↑"),
     "bits_per_byte": ((), None, "on held-out text", "↓"),
@@ -107,21 +108,18 @@ def figures(answers, bits):
     for lang in ("en", "zh"):
         rows = [a for a in answers if a["lang"] == lang]
         chats = [a for a in rows if a["kind"] not in PLAIN]
-        values = {name: mean_of(key, [a for a in rows if a["kind"] in kinds] if kinds else chats)
-                  for name, (kinds, key, _, _) in FIGURES.items()}
+        values, by_kind = {}, {}
+        for name, (kinds, key, _, _) in FIGURES.items():
+            own = [a for a in rows if a["kind"] in kinds] if kinds else chats
+            values[name] = mean(a["verdict"].get(key) for a in own)
         values["distinct_2"] = distinct_2(a["answer"] for a in chats)
-        by_kind = {}
         for kind in sorted({a["kind"] for a in rows}):
             own = [a for a in rows if a["kind"] == kind]
             by_kind[kind] = {"n": len(own), "finished": mean(a["finished"] for a in own)}
             keys = sorted({key for a in own for key in a["verdict"]})
-            by_kind[kind] |= {key: mean_of(key, own) for key in keys}
+            by_kind[kind] |= {key: mean(a["verdict"].get(key) for a in own) for key in keys}
         stage[lang] = {**values, "bits_per_byte": bits.get(lang), "by_kind": by_kind}
     return {**stage, "code": {"bits_per_byte": bits.get("code")}}
-
-
-def mean_of(key, answers):
-    return mean(a["verdict"].get(key) for a in answers)
 
 
 def mean(values):
@@ -168,32 +166,27 @@ def read_prompts(paths, limit=None):
 
 
 def read_item(record, where):
-    """A line of a prompts file, checked. kind: meta.kind, else chat; lang: meta.lang, lang, or a guess."""
+    """A line of a prompts file, checked. kind: meta.kind or chat; lang: meta.lang, lang, or by letters."""
     prompt, meta = record.get("prompt"), record.get("meta", {})
     if not isinstance(meta, dict):
         raise InputError(f"{where}: meta must be an object")
-    kind, lang = meta.get("kind") or "chat", meta.get("lang") or record.get("lang")
+    kind, lang = str(meta.get("kind") or "chat"), meta.get("lang") or record.get("lang")
     if kind in PLAIN and isinstance(prompt, list):
         raise InputError(f"{where}: a prompt of kind {kind} is a text to go on with, so a string")
     messages = messages_of(prompt)
-    if not messages or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
-        raise InputError(f"{where}: expected `prompt`, a string or a list of {{role, content}} messages")
-    for role in [m.get("role") for m in messages if m.get("role") not in ("system", "user", "assistant")]:
-        raise InputError(f"{where}: unknown role {role!r}; use system, user or assistant")
+    try:
+        check_messages(messages)
+    except InputError as error:
+        raise InputError(f"{where}: prompt: {error}") from None
     if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
         raise InputError(f"{where}: a prompt ends with what a user says, and it is not empty")
-    lang = lang if lang in ("en", "zh") else looks_like(messages[-1]["content"])
+    if lang not in ("en", "zh"):
+        lang = "zh" if re.search(f"[{HAN}]", messages[-1]["content"]) else "en"
     return {"prompt": prompt, "meta": meta, "kind": kind, "lang": lang}
 
 
 def messages_of(prompt):
     return prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-
-
-def looks_like(text):
-    """zh where at least a fifth of what is not blank is Chinese characters, else en."""
-    text = "".join(text.split())
-    return "zh" if len(re.findall(f"[{HAN}]", text)) * 5 >= len(text) else "en"
 
 
 def key_of(item):
@@ -248,8 +241,7 @@ def answer_prompts(model, tokenizer, items, stop, options, ranks, name=""):
         own = [i for i in order if (items[i]["kind"] == "cloze") == cloze and len(encoded[i]) <= room]
         tokens = min(options.max_new_tokens, CLOZE_TOKENS) if cloze else options.max_new_tokens
         batches += [(own[first : first + size], tokens) for first in range(0, len(own), size)]
-    quiet = not (ranks.first and sys.stderr.isatty())
-    for batch, tokens in tqdm(batches[ranks.rank :: ranks.world_size], name, disable=quiet, leave=False):
+    for batch, tokens in tqdm(batches[ranks.rank :: ranks.world_size], name, disable=None, leave=False):
         for i, sample in zip(batch, generate(model, [encoded[i] for i in batch], tokens, stop)):
             text = tokenizer.decode(sample.ids[:-1] if sample.finished else sample.ids)
             answers[i] = {**items[i], "answer": text, "finished": sample.finished}
@@ -261,51 +253,45 @@ def answer_prompts(model, tokenizer, items, stop, options, ranks, name=""):
 
 
 def load_scorer(name):
-    """`file.py:function` -> the function; None for no name. Raises InputError where there is none."""
-    if not name:
-        return None
+    """`file.py:function` -> the function. Raises InputError where there is none."""
     path, _, function = name.rpartition(":")
-    if not path.endswith(".py") or not Path(path).is_file():
-        raise InputError(f"--scorer {name}: expected file.py:function, and {path or name} is no Python file")
+    if not path.endswith(".py"):
+        raise InputError(f"--scorer {name}: expected file.py:function")
     spec = importlib.util.spec_from_file_location("scorer_" + Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up by name
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise InputError(f"--scorer {name}: {path} does not run: {type(error).__name__}: {error}") from None
-    if not callable(getattr(module, function, None)):
-        raise InputError(f"--scorer {name}: {path} has no function {function!r}")
-    return getattr(module, function)
+        return getattr(module, function)
+    except (Exception, SystemExit) as error:
+        raise InputError(f"--scorer {name}: {error!r}") from None
 
 
 def judge(answers, score):
     """Put the scorer's verdict, {key: number}, into every answer; {} without a scorer."""
     for a in answers:
         try:
-            judged = score and a["kind"] != "continuation"
-            verdict = score(a["prompt"], a["answer"], a["meta"]) if judged else {}
+            asked = score and a["kind"] != "continuation"
+            verdict = score(a["prompt"], a["answer"], a["meta"]) if asked else {}
             a["verdict"] = {key: float(value) for key, value in verdict.items()}
             if not all(map(math.isfinite, a["verdict"].values())):
                 raise ValueError(f"not finite: {verdict}")
         except Exception as error:
-            what = f"{type(error).__name__}: {error}, on prompt {key_of(a)[1][:160]}"
-            raise InputError(f"the scorer failed, {what}") from None
+            raise InputError(f"the scorer failed on {key_of(a)[1][:160]}: {error!r}") from None
     return answers
 
 
-def run_stage(folder, items, options, ranks):
+def run_stage(name, folder, items, options, ranks):
     """Load a checkpoint folder: (answers, not judged yet; {language: bits per byte} on rank 0)."""
     began = time.perf_counter()
     model, tokenizer = load_folder(folder, ranks.device, DTYPES[options.dtype])
-    model.eval()
     shards = read_tokens(options.data, "test", tokenizer) if options.data and ranks.first else []
     bits = bits_per_byte(model, tokenizer, shards, options.max_length, max_windows=options.max_windows)
     stop = stop_ids(folder, tokenizer) | {tokenizer.endoftext}
-    answers = answer_prompts(model, tokenizer, items, stop, options, ranks, folder.name)
+    answers = answer_prompts(model, tokenizer, items, stop, options, ranks, name)
     left_out = len(items) - len(answers)
-    note = f"; {left_out} prompts too long for its context are left out" if left_out else ""
-    say(ranks, f"{folder.name}: {len(answers)} answers in {time.perf_counter() - began:.1f} s{note}")
+    note = f"; left out {left_out} prompts too long for its context" if left_out else ""
+    say(ranks, f"{name}: {len(answers)} answers in {time.perf_counter() - began:.1f} s{note}")
     return answers, bits
 
 
@@ -313,41 +299,25 @@ def run_stage(folder, items, options, ranks):
 # Files
 
 
-def write_file(path, text):
-    """Whole or not at all: written beside, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def answers_file(out, stage):
-    return out.parent / "answers" / f"{stage}.jsonl"
-
-
 def read_answers(path):
-    """The answers of a stage, as `evaluate` wrote them; InputError naming file and line for anything else."""
-    answers = []
+    """The answers that `finish` wrote; InputError naming file and line for anything else."""
     for number, record in read_jsonl(path):
-        absent = {"prompt", "answer", "meta", "kind", "lang", "finished"} - record.keys()
-        if absent:
-            raise InputError(f"{path}:{number}: no {', '.join(sorted(absent))}; this is no file of answers")
-        answers.append(record)
-    return answers
+        if not {"prompt", "answer", "meta", "kind", "lang", "finished"} <= record.keys():
+            raise InputError(f"{path}:{number}: this is no answer of evaluate.py")
+        yield record
+
+
+def read_if_there(path):
+    return read_json(path) if path.is_file() else {}
 
 
 def seconds_of(folders, run):
     """{stage: wall seconds}, as each stage noted them in its folder."""
-    places = {"island": ["island"], "prepare": ["corpus"], "tokenizer": ["tokenizer", "tokens"]}
-    places = {stage: [run / name for name in names] for stage, names in places.items()}
-    seconds = {}
-    for stage, paths in {**places, **{name: [folder] for name, folder in folders.items()}}.items():
-        for path in paths:
-            files = [path / name for name in ("run.json", "report.json", "index.json")]
-            notes = [read_json(file).get("seconds") for file in files if file.is_file()]
-            for noted in [n for n in notes if isinstance(n, (int, float))][:1]:
-                seconds[stage] = round(seconds.get(stage, 0) + noted, 1)
-    return seconds
+    places = {"island": run / "island" / "island.json", "prepare": run / "corpus" / "run.json",
+              "tokenizer": run / "tokenizer" / "run.json", "tokens": run / "tokens" / "index.json"}
+    places |= {name: folder / "run.json" for name, folder in folders.items()}
+    noted = {stage: read_if_there(path).get("seconds") for stage, path in places.items()}
+    return {stage: round(seconds, 1) for stage, seconds in noted.items() if seconds is not None}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -364,11 +334,10 @@ td:first-child, th:first-child { text-align: left; padding-left: 0 } td small, .
 .wide { overflow-x: auto } .ask { background: #f7f8fa }
 .card { border: 1px solid #e4e7eb; border-radius: 8px; margin: 14px 0; overflow: hidden }
 .ask, .answer { padding: 10px 14px; white-space: pre-wrap; overflow-wrap: anywhere }
-.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)) }
+.answers { display: grid; overflow-x: auto }
 .answer { border-top: 3px solid #e4e7eb } .good { border-color: #3f8f5f } .bad { border-color: #c4513f }
 """
-COLORS = {"en": "#3b6ea5", "zh": "#d0743c", "code": "#4f9a6b", "loss": "#3b6ea5", "valid_loss": "#8a65a8",
-          "lr": "#6b7480"}
+COLORS = ("#3b6ea5", "#d0743c", "#4f9a6b")
 
 
 def page(report, answers):
@@ -415,10 +384,8 @@ def figure_rows(report):
 
 def figures_section(report):
     header, *lines = figure_rows(report)
-    rows = []
-    for name, *cells in lines:
-        _, _, says, arrow = FIGURES[name.partition(",")[0]]
-        rows.append([f"{name} {arrow}<small>{says}</small>", *cells])
+    says = {name: f"{name} {arrow}<small>{text}</small>" for name, (_, _, text, arrow) in FIGURES.items()}
+    rows = [[says.get(name, name), *cells] for name, *cells in lines]
     text = "Greedy answers to test prompts, English (en) and Chinese (zh). Arrows say which way is better."
     return section("What each stage can do", text, table(map(html.escape, header), *rows))
 
@@ -432,16 +399,18 @@ def draw(figure):
 
 
 def plot(figure, place, title, lines, mark="-"):
-    """A small panel at `place` of a figure's grid; lines: {name: [(step, value)]}, coloured by name."""
+    """A small panel at `place` of a figure's grid; lines: {name: [(step, value)]}, long ones in means."""
     axis = figure.add_subplot(place)
     axis.set_title(title, loc="left", fontsize=10, color="#24292f")
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color("#c5cad1")
     axis.tick_params(labelsize=8, colors="#6b7480")
     axis.grid(axis="y", color="#eceef1", linewidth=0.8)
-    for name, points in lines.items():
-        steps, values = [s for s, _ in points], [v for _, v in points]
-        axis.plot(steps, values, mark, label=name, color=COLORS[name], markersize=3, linewidth=1.3)
+    for color, (name, points) in zip(COLORS, lines.items()):
+        size = max(1, len(points) // 100)
+        pieces = [points[i : i + size] for i in range(0, len(points), size)]
+        steps, values = [piece[-1][0] for piece in pieces], [mean(v for _, v in piece) for piece in pieces]
+        axis.plot(steps, values, mark, label=name, color=color, markersize=3, linewidth=1.3)
     if len(lines) > 1:
         axis.legend(frameon=False, fontsize=8)
 
@@ -449,72 +418,74 @@ def plot(figure, place, title, lines, mark="-"):
 def read_curves(folder):
     """{name: [(step, value)]} of a folder's metrics.jsonl; a step that was run twice counts once."""
     steps, curves, path = {}, {}, Path(folder) / "metrics.jsonl"
-    for _, line in read_jsonl(path) if path.is_file() else ():
-        steps.setdefault(line.get("step"), {}).update(line)
-    for step, line in sorted((s, v) for s, v in steps.items() if isinstance(s, int)):
+    for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
+        if line.endswith("}"):  # a killed run leaves half a line
+            steps.setdefault(json.loads(line)["step"], {}).update(json.loads(line))
+    for step, line in sorted(steps.items()):
         for name, value in {**line, **(line.get("bits_per_byte") or {})}.items():
             if isinstance(value, (int, float)) and math.isfinite(value):
                 curves.setdefault(name, []).append((step, value))
     return curves
 
 
-def smooth(points):
-    """Means over a hundredth of the curve each."""
-    size = max(1, len(points) // 100)
-    pieces = [points[i : i + size] for i in range(0, len(points), size)]
-    return [(piece[-1][0], mean(v for _, v in piece)) for piece in pieces]
-
-
 def curves_section(report):
     """A row for each stage that left metrics: loss, bits per byte (or validation loss), learning rate."""
-    curves = {name: read_curves(folder) for name, folder in report["settings"]["models"].items()}
-    curves = {name: c for name, c in curves.items() if "loss" in c}
+    models = report["settings"]["models"].items()
+    curves = {name: own for name, folder in models if "loss" in (own := read_curves(folder))}
     if not curves:
         return ""
     figure = Figure(figsize=(11, 2.5 * len(curves)), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.12)
     grid = figure.add_gridspec(len(curves), 3)
     for row, (name, own) in enumerate(curves.items()):
         bits = [lang for lang in LANGUAGES if lang in own]
         held_out = {lang: own.get(lang, []) for lang in bits or ["valid_loss"]}
-        plot(figure, grid[row, 0], f"{name}: loss, nats a token", {"loss": smooth(own["loss"])})
+        plot(figure, grid[row, 0], f"{name}: loss, nats a token", {"loss": own["loss"]})
         plot(figure, grid[row, 1], f"{name}: {'bits per byte' if bits else 'loss'}, held out", held_out, "o-")
         plot(figure, grid[row, 2], f"{name}: learning rate", {"lr": own.get("lr", [])})
-    text = "By step, from each folder's metrics.jsonl; the loss is a running mean."
-    return section("Training", text, draw(figure))
+    return section("Training", "By step, from each folder's metrics.jsonl.", draw(figure))
 
 
 def cleaning_section(report):
-    """What prepare.py kept and dropped, where its report lies beside."""
-    return ""
+    """What prepare.py dropped and why; where noise was planted, what it made of that."""
+    corpus = Path(report["settings"]["run"]) / "corpus"
+    cleaning, planted = read_if_there(corpus / "report.json"), read_if_there(corpus / "cleaning.json")
+    rows, reasons = [], cleaning.get("dropped", {})
+    for source, read in cleaning.get("read_by_source", {}).items():
+        kept = cleaning["sources"].get(source, {}).get("documents", 0)
+        dropped = cleaning["dropped_by_source"].get(source, {})
+        rows.append([html.escape(source), read, kept, *(dropped.get(reason, "") for reason in reasons)])
+    body = rows and table(["source", "read", "kept", *reasons], *rows)
+    noise = [[label.replace("_", " "), row["documents"], row["dropped"], f"{100 * row['recall']:.1f} %"]
+             for label, row in planted.get("labels", {}).items()]
+    if body and noise:
+        body += "<br>" + table(["planted", "documents", "dropped", "treated as it should be"], *noise)
+    return section("Cleaning", "Documents read, kept, and dropped by reason.", body)
 
 
 def samples_section(report, answers):
     """The same prompts answered by every stage, side by side, as the answers came out."""
     answered = {stage: {key_of(a): a for a in records} for stage, records in answers.items()}
     items = [a for records in answers.values() for a in records]
-    cards = []
+    columns, cards = f"grid-template-columns: repeat({len(answers)}, 1fr)", []
     for sample in choose_samples(items, report["settings"]["samples"]):
-        for item in [sample, *continuations([sample])]:
-            by_stage = {stage: own[key_of(item)] for stage, own in answered.items() if key_of(item) in own}
-            cards += [sample_card(item, by_stage)] if by_stage else []
+        cells = [answer_cell(stage, own[key_of(item)]) for item in (sample, *continuations([sample]))
+                 for stage, own in answered.items() if key_of(item) in own]
+        said = "".join(f'<div><span class="tag">{html.escape(sample["kind"])} · {m["role"]}</span>'
+                       f'{html.escape(m["content"])}</div>' for m in messages_of(sample["prompt"]))
+        cards.append(f'<div class="card" lang="{sample["lang"]}"><div class="ask">{said}</div>'
+                     f'<div class="answers" style="{columns}">{"".join(cells)}</div></div>\n')
     text = ("Chosen by a hash of the prompt, so by nobody; answers as they came out. Green and red: the "
             "scorer's reward is above or below zero.")
     return section("Dialogues", text, "".join(cards))
 
 
-def sample_card(item, by_stage):
-    ask, cells = "", []
-    for message in messages_of(item["prompt"]):
-        tag = item["kind"] if item["kind"] in PLAIN else f"{item['kind']} · {message['role']}"
-        ask += f'<div><span class="tag">{html.escape(tag)}</span>{html.escape(message["content"])}</div>'
-    for stage, a in by_stage.items():
-        gold, end = a["verdict"].get("gold", 0), [] if a["finished"] else ["cut off"]
-        notes = " · ".join([stage, *(f"{key} {value:g}" for key, value in a["verdict"].items()), *end])
-        mood = "good" if gold > 0 else "bad" if gold < 0 else ""
-        cells.append(f'<div class="answer {mood}"><div class="tag">{html.escape(notes)}</div>'
-                     f'{html.escape(a["answer"])}</div>')
-    return (f'<div class="card" lang="{item["lang"]}"><div class="ask">{ask}</div>'
-            f'<div class="answers">{"".join(cells)}</div></div>\n')
+def answer_cell(stage, a):
+    gold, notes = a["verdict"].get("gold", 0), [f"{key} {value:g}" for key, value in a["verdict"].items()]
+    notes += ["prompt continued as text"] * (a["kind"] == "continuation") + ["cut off"] * (not a["finished"])
+    mood = "good" if gold > 0 else "bad" if gold < 0 else ""
+    return (f'<div class="answer {mood}"><div class="tag">{html.escape(" · ".join([stage, *notes]))}</div>'
+            f'{html.escape(a["answer"])}</div>')
 
 
 def cost_section(report):
@@ -522,8 +493,8 @@ def cost_section(report):
     rows = [[html.escape(name), f"{seconds[name]:,.1f}" if name in seconds else "–",
              f"{size[name] / 1e6:,.2f}" if name in size else "–"] for name in {**seconds, **size}]
     rows.append(["all", f"{sum(seconds.values()):,.1f}", ""])
-    text = "Wall seconds of each stage, and its weights on disk."
-    return section("Time and size", text, table(["stage", "seconds", "megabytes"], *rows))
+    body = table(["stage", "seconds", "megabytes"], *rows)
+    return section("Time and size", "Wall seconds of each stage, and its weights on disk.", body)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -532,11 +503,12 @@ def cost_section(report):
 
 def finish(report, answers, out):
     """Write what there is to write, the page last: its presence says that all is whole. Print the figures."""
+    (out.parent / "answers").mkdir(parents=True, exist_ok=True)
     for stage, records in answers.items():
         lines = "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in records)
-        write_file(answers_file(out, stage), lines)
+        write_whole(out.parent / "answers" / f"{stage}.jsonl", lines.encode())
     write_json(out.parent / "report.json", report)
-    write_file(out, page(report, answers))
+    write_whole(out, page(report, answers).encode())
     lines = list(figure_rows(report))
     widths = [max(map(len, column)) for column in zip(*lines)]
     for name, *cells in lines:
@@ -553,7 +525,7 @@ def evaluate(options, out, ranks):
         raise InputError(f"--model {' '.join(absent)}: no such folder; train it first")
     if len(folders) < len(options.model):
         raise InputError("--model: two folders of one name, and a stage is called by its folder's name")
-    score = load_scorer(options.scorer)
+    score = load_scorer(options.scorer) if options.scorer else None
     items = read_prompts(options.prompts, options.limit) if options.prompts else []
     if not score:
         items += continuations(choose_samples(items, options.samples))
@@ -562,7 +534,7 @@ def evaluate(options, out, ranks):
                 "scorer": options.scorer, "samples": options.samples}
     report, answers = {"stages": {}, "seconds": seconds_of(folders, run), "bytes": {}, "left_out": {}}, {}
     for name, folder in folders.items():
-        answers[name], bits = run_stage(folder, items, options, ranks)
+        answers[name], bits = run_stage(name, folder, items, options, ranks)
         report["stages"][name] = figures(judge(answers[name], score), bits)
         report["bytes"][name] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         report["left_out"][name] = len(items) - len(answers[name])
@@ -576,11 +548,10 @@ def rescore(options, out):
     report, answers = read_json(out.parent / "report.json"), {}
     if not {"stages", "seconds", "bytes", "settings"} <= report.keys():
         raise InputError(f"--rescore: {out.parent / 'report.json'} is no report of evaluate.py")
-    settings = report["settings"]
-    settings["scorer"] = options.scorer or settings["scorer"]
-    score = load_scorer(settings["scorer"])
+    scorer = report["settings"]["scorer"] = options.scorer or report["settings"]["scorer"]
+    score = load_scorer(scorer) if scorer else None
     for name, stage in report["stages"].items():
-        answers[name] = judge(read_answers(answers_file(out, name)), score)
+        answers[name] = judge([*read_answers(out.parent / "answers" / f"{name}.jsonl")], score)
         bits = {lang: stage[lang]["bits_per_byte"] for lang in LANGUAGES}
         report["stages"][name] = figures(answers[name], bits)
     finish(report, answers, out)
@@ -591,7 +562,8 @@ def summary(paths):
     reports = {Path(path).resolve().parent.name: read_json(Path(path)) for path in paths}
     if not all("stages" in report for report in reports.values()) or len(reports) < len(paths):
         raise InputError(f"--summary {' '.join(paths)}: expected report.json files in different folders")
-    lines = [f"| stage | | figure | mean | {' | '.join(reports)} |", "|---|---|---|---:|" + "---:|" * len(paths)]
+    lines = [f"| stage | | figure | mean | {' | '.join(reports)} |"]
+    lines.append("|---|---|---|---:" + "|---:" * len(paths) + "|")
     for stage in dict.fromkeys(stage for report in reports.values() for stage in report["stages"]):
         for lang in LANGUAGES:
             for name in FIGURES:
@@ -613,11 +585,13 @@ def main(argv=None):
     if options.summary:
         text = summary(options.summary)
         print(text, end="")
-        return write_file(out, text) if out else None
+        return write_whole(out, text.encode()) if out else None
     if options.rescore:
         return rescore(options, out)
     if not options.model or not (options.prompts or options.data):
         raise InputError("nothing to measure: give --model folders, and --prompts or --data or both")
+    if min(options.max_new_tokens, options.max_length, options.batch_size) < 1:
+        raise InputError("--max-new-tokens, --max-length and --batch-size are at least 1")
     with process_group(options.device) as ranks:
         return evaluate(options, out, ranks)
 

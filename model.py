@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -510,13 +510,15 @@ def read_config(folder):
     if not path.is_file():
         raise InputError(f"{folder}: not a model folder (no config.json there)")
     raw = read_json(path)
-    architecture = (raw.get("architectures") or ["?"])[0]
+    architecture = ", ".join(map(str, raw.get("architectures") or ["?"]))
     if architecture != "Qwen3ForCausalLM":
         raise InputError(f"{path}: architecture {architecture} is not supported; Qwen3ForCausalLM is")
     for key, value in MUST_BE.items():
         if raw.get(key, value) not in (value, None):
             raise InputError(f"{path}: {key} = {raw[key]!r} is not supported")
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"{path}: rope_parameters = {rope!r} is not an object")
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise InputError(f"{path}: RoPE type {rope.get('rope_type', rope.get('type'))!r} is not supported")
     raw = raw | {"rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10000.0))}
@@ -549,17 +551,23 @@ def read_weights(folder):
     """{name: tensor} of model.safetensors, one file or sharded, memory-mapped. InputError for a damaged one."""
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index).get("weight_map", {}).values())) if index.exists() else ["model.safetensors"]
+    weight_map = read_json(index).get("weight_map") if index.exists() else {"": "model.safetensors"}
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError(f"{index}: expected an object `weight_map` of file names")
     weights = {}
-    for name in names:
-        if not (folder / name).is_file():
-            raise InputError(f"{folder / name}: no such file (an unfinished run? go on with --resume)")
-        try:
-            with safe_open(folder / name, "pt") as file:
-                weights.update({key: file.get_tensor(key) for key in file.keys()})
-        except SafetensorError as error:
-            raise InputError(f"{folder / name}: damaged or not a safetensors file ({error})") from None
+    for name in sorted(set(weight_map.values())):
+        weights |= read_safetensors(folder / name)
     return weights
+
+
+def read_safetensors(path):
+    """{name: tensor} of one file, memory-mapped; InputError where it is missing or damaged."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file (an unfinished run? go on with --resume)")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"{path}: damaged or not a safetensors file ({error})") from None
 
 
 def load_weights(model, weights, where):
@@ -593,33 +601,57 @@ def load_folder(folder, device="cpu", dtype=torch.float32):
     load_weights(model, weights, folder)
     model.source = folder
     model.stored_dtype = weights["model.embed_tokens.weight"].dtype
-    return model, Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(f"{folder}: its tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}: "
+                         "it is another model's")
+    return model, tokenizer
 
 
 def load_adapter(folder, device, dtype):
     """A folder in PEFT's LoRA layout, merged into its base (named by a path relative to the folder)."""
-    settings = read_json(folder / "adapter_config.json")
-    if settings.get("peft_type") != "LORA":
-        raise InputError(f"{folder}: adapter of type {settings.get('peft_type')} is not supported; LORA is")
+    settings = read_adapter_config(folder / "adapter_config.json")
     named = settings["base_model_name_or_path"]
-    model, tokenizer = load_folder(folder / named if (folder / named).exists() else named, device, dtype)
+    base = folder / named if (folder / named).exists() else Path(named)
+    if not base.exists():
+        raise InputError(f"{folder}: {named}, the model that it adapts, is not there")
+    model, tokenizer = load_folder(base, device, dtype)
     add_lora(model, settings["r"], settings["lora_alpha"], targets=settings["target_modules"])
-    try:
-        tensors = load_file(folder / "adapter_model.safetensors")
-    except (SafetensorError, FileNotFoundError) as error:
-        raise InputError(f"{folder}/adapter_model.safetensors: missing or damaged ({error})") from None
+    tensors = read_safetensors(folder / "adapter_model.safetensors")
     tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
     rows = tensors.pop(TRAINED_ROWS, None)
     own = {n.replace("lora_A", "lora_A.weight").replace("lora_B", "lora_B.weight"): p
            for n, p in model.named_parameters() if "lora_" in n}
     if own.keys() != tensors.keys():
         raise InputError(f"{folder}: tensors do not fit the base: {sorted(own.keys() ^ tensors.keys())[0]}")
+    wrong = [name for name in own if own[name].shape != tensors[name].shape]
+    if wrong:
+        found, expected = tuple(tensors[wrong[0]].shape), tuple(own[wrong[0]].shape)
+        raise InputError(f"{folder}: {wrong[0]} is {found}, expected {expected}")
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(tensors[name])
         if rows is not None:
             model.model.embed_tokens.weight[settings["trainable_token_indices"]["embed_tokens"]] = rows.to(device, dtype)
     return merge_lora(model), tokenizer
+
+
+# As in MUST_BE: settings of PEFT's that would change the numbers, and are not in this file.
+ADAPTER_MUST_BE = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "bias": "none", "rank_pattern": {},
+                   "alpha_pattern": {}, "modules_to_save": None, "layers_to_transform": None, "fan_in_fan_out": False}
+
+
+def read_adapter_config(path):
+    """adapter_config.json as a dict; InputError where it asks for what `load_adapter` does not do."""
+    settings = read_json(path)
+    for key, value in ADAPTER_MUST_BE.items():
+        if settings.get(key, value) not in (value, None):
+            raise InputError(f"{path}: {key} = {settings[key]!r} is not supported")
+    kinds = {"base_model_name_or_path": str, "r": int, "lora_alpha": (int, float), "target_modules": list}
+    for key, kind in kinds.items():
+        if not isinstance(settings.get(key), kind):
+            raise InputError(f"{path}: {key} = {settings.get(key)!r} is not supported")
+    return settings
 
 
 TRAINED_ROWS = "model.embed_tokens.token_adapter.trainable_tokens_delta"  # PEFT's name for trained token rows
@@ -650,9 +682,13 @@ def copy_tokenizer(source, folder):
 
 
 def write_safetensors(path, tensors):
-    """Write a safetensors file whole or not at all."""
+    """Write a safetensors file whole or not at all; InputError where it cannot be written."""
     temporary = Path(f"{path}.tmp")
-    save_file(tensors, temporary, metadata={"format": "pt"})
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk: what is there of it must not keep it full
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: not written ({error}); --resume goes on from the last state") from None
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -746,7 +782,8 @@ def pick_device(name="auto"):
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"--device {name}: not a device; one of {', '.join(available)}") from None
-    if not available.get(device.type, False):
+    if not available.get(device.type, False) or (device.type == "cuda" and
+                                                 (device.index or 0) >= torch.cuda.device_count()):
         raise InputError(f"--device {name}: not available on this machine")
     return device
 
@@ -961,12 +998,17 @@ def open_run(stage, options, ranks, inputs):
     out = Path(options.out)
     settings = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("resume", "overwrite")}
     fresh = {"stage": stage, "options": settings, "inputs": inputs, "finished": False, "seconds": 0.0}
-    old = read_json(out / "run.json") if (out / "run.json").exists() and not options.overwrite else None
+    if options.resume and options.overwrite:
+        raise InputError("--resume goes on and --overwrite starts again: choose one")
+    old = read_json(out / "run.json") if (out / "run.json").exists() else None
+    if old is None and out.exists() and not (out.is_dir() and {p.name for p in out.iterdir()} <= {"run.json.tmp"}):
+        raise InputError(f"{out}: is there and is not a run's folder; choose another --out")
+    if old is not None and not {"stage", "options", "inputs", "finished", "seconds"} <= old.keys():
+        raise InputError(f"{out / 'run.json'}: not written by this script; choose another --out")
+    old = None if options.overwrite else old
     state = newest_state(out) if old else None
     if ranks.world_size > 1:
         dist.barrier()  # nobody changes the folder before everybody has looked at it
-    if old is None and out.is_dir() and any(out.iterdir()) and not options.overwrite:
-        raise InputError(f"{out}: is there and is not a run's folder; choose another --out, or --overwrite it")
     if old is not None:
         grown = [k for k in ("steps", "epochs") if k in settings and settings[k] > old["options"].get(k, math.inf)]
         changed = [k for k in settings if settings[k] != old["options"].get(k) and k not in grown]
@@ -1006,7 +1048,8 @@ def save_state(out, record, ranks, models, stepper, keep=2):
         return
     folder, step = Path(out) / "state", record["step"]
     temporary, final = folder / f"tmp-{step}", folder / f"step-{step}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for unfinished in folder.glob("tmp-*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
     temporary.mkdir(parents=True)
     tensors = {}
     for name, (module, optimizer) in models.items():
@@ -1026,26 +1069,34 @@ def save_state(out, record, ranks, models, stepper, keep=2):
 STATE_PARTS = ("weight", "exp_avg", "exp_avg_sq")
 
 
-@torch.no_grad()
 def load_state(folder, models, stepper):
-    """Put a state's tensors back into {name: (module, optimizer)}; returns its state.json."""
-    record = read_json(folder / "state.json")
-    stepper.load_state(record.pop("stepper"))
-    tensors = load_file(folder / "tensors.safetensors")
+    """Put a state's tensors back into {name: (module, optimizer)}; returns its state.json.
+
+    InputError for a state that is damaged: to remove its folder goes back to the one before.
+    """
+    record, tensors = read_json(folder / "state.json"), read_safetensors(folder / "tensors.safetensors")
+    try:
+        stepper.load_state(record.pop("stepper"))
+        copy_state(tensors, models, stepper.good)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{folder}: not a state of this run ({type(error).__name__}: {error})") from None
+    return record
+
+
+def copy_state(tensors, models, good_steps):
     for name, (module, optimizer) in models.items():
         for key, p in module.named_parameters():
             if p.requires_grad:
-                p.copy_(tensors[f"{name}.{key}.weight"])
+                p.detach().copy_(tensors[f"{name}.{key}.weight"])
                 moments = {part: tensors.get(f"{name}.{key}.{part}") for part in STATE_PARTS[1:]}
                 if moments["exp_avg"] is not None:
-                    count = torch.tensor(float(stepper.good), device=p.device)
+                    count = torch.tensor(float(good_steps), device=p.device)
                     optimizer.state[p] = {"step": count, **{k: m.to(p.device) for k, m in moments.items()}}
-    return record
 
 
 def keep_best(options, ranks, record, loss, model):
     """After a validation: count those without a new best; with --patience, keep the weights of the best."""
-    if loss >= record["best"]:
+    if not loss < record["best"]:  # NaN is no best
         record["worse"] += 1
         return
     record |= {"best": loss, "worse": 0}
@@ -1059,7 +1110,7 @@ def keep_best(options, ranks, record, loss, model):
 def export_best(options, ranks, model):
     """With --patience the weights of the best validation are put back before the export, else the last stay."""
     if options.patience and ranks.first:
-        best = load_file(Path(options.out) / "state" / "best.safetensors")
+        best = read_safetensors(Path(options.out) / "state" / "best.safetensors")
         for name, p in model.named_parameters():
             if p.requires_grad:
                 p.copy_(best[name])
@@ -1130,19 +1181,30 @@ class Options:
     """Chat with a model in the terminal. /reset forgets the dialogue, /quit (or Ctrl-D) leaves."""
 
     model: str = option("checkpoint folder: a model, or a LoRA adapter")
-    temperature: float = option("0 always takes the likeliest token", 0.0)
-    top_k: int = option("sample among the k likeliest tokens; 0 is off", 0)
-    top_p: float = option("sample among the likeliest tokens that hold this share of the probability", 1.0)
-    min_p: float = option("sample among tokens with at least this share of the likeliest one's probability", 0.0)
-    max_new_tokens: int = option("most tokens in an answer", 256)
+    temperature: float = option("0 always takes the likeliest token", 0.0, at_least=0)
+    top_k: int = option("sample among the k likeliest tokens; 0 is off", 0, at_least=0)
+    top_p: float = option("sample among the likeliest tokens that hold this share of the probability", 1.0, at_least=0)
+    min_p: float = option("sample among tokens with at least this share of the likeliest one's probability", 0.0,
+                          at_least=0)
+    max_new_tokens: int = option("most tokens in an answer", 256, at_least=1)
     system: str = option("a system message that opens the dialogue", "")
     seed: int = option("seed of the sampling", 0)
     device: str = option("auto, cpu, cuda or mps", "auto")
 
 
-def answer(model, tokenizer, messages, stop, options, turn):
+def dialogue_ids(tokenizer, messages, opening, context):
+    """Ids of a dialogue up to the answer. Its oldest turns are forgotten, but for the opening, where an answer of a
+    quarter of the context would have no room."""
+    while True:
+        ids, _ = encode_chat(tokenizer, messages, generation_prompt=True)
+        if len(ids) <= 0.75 * context or len(messages) <= opening + 2:
+            return ids
+        del messages[opening : opening + 2]
+
+
+def answer(model, tokenizer, messages, opening, stop, options, turn):
     """Print the answer to a dialogue as it comes, and return it. Ctrl-C ends the answer only."""
-    ids, _ = encode_chat(tokenizer, messages, generation_prompt=True)
+    ids = dialogue_ids(tokenizer, messages, opening, model.config.max_position_embeddings)
     decoder, text = StreamDecoder(tokenizer), ""
     tokens = generate_tokens(model, [ids], options.max_new_tokens, stop, options.temperature, options.top_k,
                              options.top_p, options.min_p, options.seed, rows=[turn])
@@ -1179,7 +1241,13 @@ def main(argv=None):
             messages = list(opening)
         elif line:
             messages.append({"role": "user", "content": line})
-            messages.append({"role": "assistant", "content": answer(model, tokenizer, messages, stop, options, turn)})
+            try:
+                text = answer(model, tokenizer, messages, len(opening), stop, options, turn)
+            except InputError as error:  # a question too long for the context: the dialogue goes on without it
+                print(error, file=sys.stderr)
+                messages.pop()
+                continue
+            messages.append({"role": "assistant", "content": text})
             turn += 1
 
 

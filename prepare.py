@@ -1,11 +1,9 @@
 """Raw text -> a clean, deduplicated, mixed and split corpus.
 
-    python prepare.py --input FILES_OR_FOLDERS --out run/corpus
-
-In the order of a document's way: `decode` bytes to text, `repair_mojibake`, `normalise` Unicode, `detect_language`,
-`strip_html`, `noise` (the regex filters), `keyword_reason` (harm and bias), `mask_personal`, then, with all documents
-at hand, `find_duplicates` (exact by hash, near by MinHash and LSH), `mix` by kind and `split` by hash. Every document
-that is dropped is in dropped.jsonl with its reason, every one that was changed in changed.jsonl with its counts.
+A document's way: `decode` bytes, `repair_mojibake`, `normalise` Unicode, find the language, `strip_html`,
+`noise` and `keyword_verdict` say what to drop, `mask_personal`; then, with all documents at hand,
+`find_duplicates` (exact by hash, near by MinHash and LSH), `mix` by kind, `split` by hash. Every drop is in
+dropped.jsonl with its reason, every change in changed.jsonl with its counts, all is summed up in report.json.
 """
 
 from __future__ import annotations
@@ -18,10 +16,10 @@ import itertools
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import sys
 import time
+import tomllib
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
@@ -29,472 +27,617 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+import regex
 from tqdm import tqdm
 
-from tokenizer import InputError, one_line_errors, option, parse_options
+from tokenizer import InputError, one_line_errors, option, parse_options, refuse_constant, text_files
 
 KINDS, LANGS, SPLITS = ("web", "papers", "code"), ("en", "zh", "code"), ("train", "valid", "test")
+LISTS = Path(__file__).parent / "data" / "cleaning.toml"
 
 
 @dataclass(kw_only=True)
 class Options:
-    """Clean raw text (.txt, .jsonl, .jsonl.gz, folders of them), remove duplicates, mix the kinds, split 90/5/5."""
+    """Clean raw text (.txt, .jsonl, .jsonl.gz, folders), remove duplicates, mix the kinds, split 90/5/5."""
 
-    input: list[str] = option("files (.txt is one document, .jsonl has `text`) or folders, walked in sorted order")
+    input: list[str] = option("files (.txt is one document, .jsonl has `text`) or folders, in sorted order")
     out: str = option("corpus folder to write: train/ valid/ test/ report.json dropped.jsonl changed.jsonl")
-    mix: list[str] = option("shares of the UTF-8 bytes by kind, as `web=75 papers=15 code=10`; `none` keeps all",
-                            ["web=75", "papers=15", "code=10"])
-    near_duplicate: float = option("Jaccard similarity of shingles from which two documents are one; 1 turns it off", 0.8)
+    mix: list[str] = option("shares of the bytes; `none` keeps all", ["web=75", "papers=15", "code=10"])
+    near_duplicate: float = option("Jaccard similarity that makes two documents one; 1 turns it off", 0.8)
     seed: int = option("which documents of an over-represented kind stay", 1)
     processes: int = option("processes that clean; the result does not depend on it", 2)
     skip_bad: bool = option("count and report malformed lines instead of stopping at the first", False)
     overwrite: bool = option("replace a finished --out", False)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Bytes to text
+@functools.cache
+def lists() -> dict:
+    """The words and patterns that cleaning goes by, compiled from data/cleaning.toml; phrases by (reason, lang)."""
+    try:
+        read = tomllib.loads(LISTS.read_text(encoding="utf-8"))
+        names = {name: pattern.replace("\n", "") for name, pattern in read["names"].items()}
+        fill = functools.partial(regex.sub, r"\{([a-z]+_[a-z]+)\}", lambda match: names[match[1]])
+        phrases = {(reason, lang): [regex.compile("|".join(map(fill, read[reason][lang][part]))) for part in ("phrases", "words")]
+                   for reason in read["points"] for lang in ("en", "zh")}
+        personal = {name: regex.compile(p, regex.X | regex.A | regex.I) for name, p in read["personal"].items()}
+        words = {name: set(text.split()) for name, text in read["words"].items()}
+        return words | {"points": read["points"], "phrases": phrases, "personal": personal,
+                        "code_line": regex.compile(read["code"]["line"], regex.X | regex.M)}
+    except (OSError, LookupError, TypeError, AttributeError, ValueError, regex.error) as error:
+        raise InputError(f"{LISTS}: not the lists that prepare.py needs ({error!r})") from None
 
-HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]")
+
+# ---- Bytes, Unicode ----------------------------------------------------------------------------------------
+
+HAN = regex.compile(r"\p{Han}")
 
 
 def decode(data: bytes) -> tuple[str, int]:
     """Bytes -> (text, number of places that could not be read, each now U+FFFD).
 
-    UTF-8, else UTF-16 by its mark, else GB18030 where all of it fits and at least half of what is not ASCII is Han
-    (old Chinese files), else UTF-8 with the bad bytes replaced.
+    UTF-8; else GB18030 where all of it fits and is mostly Chinese; else UTF-8 with the bad bytes replaced.
     """
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        text = data.decode("utf-16", "replace")
-        return text, text.count("\ufffd")
     try:
         return data.decode("utf-8"), 0
     except UnicodeDecodeError:
-        pass
-    try:
-        text = data.decode("gb18030")
-        wide = sum(c > "\x7f" for c in text)
-        if len(HAN.findall(text)) >= 0.5 * wide > 4:
+        text = data.decode("gb18030", "replace")
+        if "\ufffd" not in text and len(HAN.findall(text)) >= max(2, 0.5 * sum(c > "\x7f" for c in text)):
             return text, 0
-    except UnicodeDecodeError:
-        pass
-    text = data.decode("utf-8", "replace")
-    return text, text.count("\ufffd")
+        text = data.decode("utf-8", "replace")
+        return text, text.count("\ufffd")
 
 
-# UTF-8 read as Windows-1252: each byte became a character; WINDOWS turns such characters back into U+0080..U+00FF.
-WINDOWS = {ord(bytes([b]).decode("cp1252", "replace")): b for b in range(0x80, 0xA0)}
-del WINDOWS[0xFFFD]  # 0x81 0x8D 0x8F 0x90 0x9D have no character there: they stay control characters
-_TAIL = "[\x80-\xbf" + "".join(map(chr, WINDOWS)) + "]"
-MISREAD_LATIN = re.compile(f"[\xc2-\xdf]{_TAIL}|[\xe1-\xef]{_TAIL}{{2}}|\xf0{_TAIL}{{3}}")
-HIGH_LATIN = re.compile("[\x80-\xff" + "".join(map(chr, WINDOWS)) + "]")
-WELL_FORMED = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe1-\xef][\x80-\xbf]{2}|\xf0[\x90-\xbf][\x80-\xbf]{2}")
-HIGH_BYTE = re.compile(rb"[\x80-\xff]")
-DAMAGE = re.compile("\ufffd|锟斤拷?|斤拷|\xe2\u20ac|[\xc2\xc3][\x80-\xbf]")
+# Mojibake: UTF-8 read as Windows-1252 (a byte a character; BYTES turns those outside Latin-1 back), or as GBK.
+BYTES = {ord(c): b for b in range(0x80, 0xA0) if (c := bytes([b]).decode("cp1252", "replace")) != "\ufffd"}
+HAN_BYTES, HIGH_BYTES = regex.compile(rb"[\xe2-\xef][\x80-\xbf]{2}"), regex.compile(rb"[\x80-\xff]")
+DAMAGE = regex.compile("\ufffd|锟斤拷?|斤拷|\xe2\u20ac.?|[\xc2\xc3][\x80-\xbf]|[\xe3-\xe9][\x80-\xbf]{1,2}")
 
 
-def repair_line(line: str) -> tuple[str, int]:
-    """One line of mojibake, read again in the right encoding -> (line, characters that are beyond repair)."""
-    high = HIGH_LATIN.findall(line)
-    if len(high) >= 3:
-        length = sum(map(len, MISREAD_LATIN.findall(line)))
-        if length >= 3 and length >= 0.6 * len(high):  # UTF-8 read as Windows-1252 or Latin-1: "donâ€™t"
-            back = lambda m: m[0].translate(WINDOWS).encode("latin-1").decode("utf-8", "replace")
-            return MISREAD_LATIN.sub(back, line), 0
-        if len(high) >= 8 and len(high) >= 0.7 * sum(not c.isspace() for c in line):  # GBK read as Latin-1: "ÄãºÃ"
-            try:
-                text = line.translate(WINDOWS).encode("latin-1").decode("gb18030")
-                return (text, 0) if len(HAN.findall(text)) >= 0.6 * len(text.strip()) else (line, len(high))
-            except ValueError:
-                return line, 0
-    wide = sum(c > "\u2fff" for c in line)
-    if wide >= 4:  # UTF-8 read as GBK: "浣犲ソ" for 你好
-        data = line.encode("gb18030", "replace")
-        fit = sum(map(len, WELL_FORMED.findall(data)))
-        if fit >= 0.8 * len(HIGH_BYTE.findall(data)):
-            try:
-                return data.decode("utf-8"), 0
-            except UnicodeDecodeError:
-                return line, wide
-    return line, 0
+def repair_mojibake(text: str) -> tuple[str, int, int]:
+    """Text -> (text, lines repaired, characters that stay broken).
 
-
-def repair_mojibake(text: str) -> tuple[str, int, float]:
-    """Text -> (text, lines repaired, share of its characters that are broken and stay so), in 0..1.
-
-    What was read in a wrong encoding without loss is read again in the right one; what was lost is not guessed at.
-    Runs before `normalise`, which would take away the control characters that misread bytes have become.
+    A line that was misread without loss is read again in the right encoding; what was lost is not guessed at.
+    Comes before `normalise`, which takes away the control characters that misread bytes have become.
     """
-    if text.isascii():
-        return text, 0, 0.0
-    repaired, lines, damaged = 0, [], 0
-    for line in text.split("\n"):
-        new, bad = repair_line(line)
-        repaired += new != line
-        damaged += bad or len("".join(DAMAGE.findall(new)))
-        lines.append(new)
-    return "\n".join(lines), repaired, damaged / max(1, len(text))
+    lines, repaired, damaged = text.split("\n"), 0, 0
+    for i, line in enumerate(lines):
+        if (wide := sum(c > "\x7f" for c in line)) < 3:
+            continue
+        try:
+            right = line.translate(BYTES).encode("latin-1").decode("utf-8")  # "donâ€™t"
+        except UnicodeError:
+            data, right = line.encode("gb18030", "replace"), ""
+            if wide >= 4 and 3 * len(HAN_BYTES.findall(data)) >= 0.8 * len(HIGH_BYTES.findall(data)):
+                right = data.decode("utf-8", "replace")  # "浣犲ソ" for 你好
+        if right and "\ufffd" not in right:
+            lines[i], repaired = right, repaired + 1
+        else:
+            damaged += wide if right else len("".join(DAMAGE.findall(line)))
+    return "\n".join(lines), repaired, damaged
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Unicode
-
-_ERASE = [*range(0x00, 0x09), 0x0E, 0x0F, *range(0x10, 0x20), *range(0x7F, 0x85), *range(0x86, 0xA0), 0xAD, 0x200B,
-          0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2060, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFE), 0xFFFE, 0xFFFF,
-          *range(0xFDD0, 0xFDF0), *range(0xE000, 0xF900)]  # controls, zero width, bidi marks, private use
-CHARACTERS = dict.fromkeys(_ERASE, "")
-CHARACTERS |= dict.fromkeys([0x0B, 0x0C, 0x0D, 0x85, 0x2028, 0x2029], "\n")
-CHARACTERS |= dict.fromkeys([0xA0, 0x1680, *range(0x2000, 0x200B), 0x202F, 0x205F, 0x3000], " ")
-CHARACTERS |= {c: chr(c - 0xFEE0) for a, z in ("０９", "Ａｚ") for c in range(ord(a), ord(z) + 1) if chr(c).isalnum()}
-CHARACTERS |= dict.fromkeys(range(0xD800, 0xE000), "\ufffd")  # lone surrogates, which JSON can spell
-JOINER = re.compile("[\u200c\u200d]+(?![\u2600-\u27bf\U0001f000-\U0001faff])")  # between emoji they carry meaning
+LINE_END = regex.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
+SPACE = regex.compile(r"[\p{Zs}--[ ]]", regex.V1)
+INVISIBLE = regex.compile(r"[\p{C}--[\n\t\u200c\u200d]]", regex.V1)  # control, zero width, private use
+JOINER = regex.compile("[\u200c\u200d]+(?![\u2600-\u27bf\U0001f000-\U0001faff])")  # before emoji it matters
+HALF_WIDTH = {c + 0xFEE0: chr(c) for c in range(0x21, 0x7F) if chr(c).isalnum()}
 
 
 def normalise(text: str) -> str:
-    """One spelling for one text: NFC, one kind of line end and of space, nothing invisible. Idempotent.
+    """One spelling for one text: NFC, one line end, one space, nothing invisible. Idempotent.
 
-    Full-width letters and digits become ASCII; Chinese punctuation is left as it is (NFKC would turn ，into a comma).
+    Full-width letters and digits become ASCII; Chinese punctuation stays (NFKC would make ，a comma).
     """
-    text = text.replace("\r\n", "\n")
-    if not text.isascii() or not text.isprintable():
-        text = JOINER.sub("", text.translate(CHARACTERS))
-        text = unicodedata.normalize("NFC", text)
-    text = re.sub(r"[ \t]+(?=\n|\Z)", "", text)
-    return re.sub(r"\n{4,}", "\n\n\n", text).strip("\n")
+    text = LINE_END.sub("\n", text)
+    if not (text.isascii() and text.replace("\n", "").isprintable()):
+        text = JOINER.sub("", INVISIBLE.sub("", SPACE.sub(" ", text)))
+        text = unicodedata.normalize("NFC", text.translate(HALF_WIDTH))
+    text = regex.sub(r"(?<![ \t])[ \t]++(?=\n|\Z)", "", text)
+    return regex.sub(r"\n{4,}", "\n\n\n", text).strip("\n")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Language and HTML
+# ---- Language and HTML -------------------------------------------------------------------------------------
 
-FENCED = re.compile(r"^ *(```|~~~).*?(?:^ *\1|\Z)", re.M | re.S)
-CODE_LINE = re.compile(r"""^[ \t]*(?:
-    (?:async[ ])?def[ ]\w+\( | class[ ]\w+[(:{ ].*[:{]?$ | import[ ][\w.{*"'] .*$ | from[ ][\w.]+[ ]import[ ] |
-    return\b[^.!?]*$ | \#include | (?:export[ ]|default[ ]|async[ ])*function\b.*[({] | (?:const|let|var)[ ].*=.* |
-    (?:public|private|static|package|using|namespace|fn|pub|struct|func)[ ].*[;{(] | (?:if|for|while|switch)[ ]?\(.*[{;)] |
-    (?:if|elif|for|while|with)[ ].*:$ | (?:else|try|finally):$ | except\b.*:$ | \} | @\w+[\w.(]* | >>>[ ] | raise[ ]\w+ |
-    [\w.\[\]'"]+[ ][-+*/]?=[ ]\S.* | [\w.]+\(.*\)[;,]?$ | .*\)[ ]?\{$ | .*[)\w]; $ | "?\w+"?:[ ].*,$)""", re.M | re.X)
-OTHER_SCRIPT = re.compile(r"[\u0370-\u1fff\u3040-\u30ff\uac00-\ud7af]")  # Greek to Georgian, kana, hangul, ...
-LATIN = re.compile(r"[A-Za-z\u00c0-\u024f]")
-ENGLISH = set("the of and to in is that it was for with as be on not are by this you his from or have at".split())
-EUROPEAN = set("de la le les des et el los las que en un une une der die das und ist nicht o os uma em para por con "
-               "del se per che il di è é est do da dos não w na się nie jest bir ve için на και".split())
-
-
-def is_code(text: str) -> bool:
-    """Whether at least a fifth of the lines outside Markdown fences reads like a program's."""
-    text = FENCED.sub("", text)
-    lines = sum(1 for line in text.split("\n") if line.strip())
-    return len(CODE_LINE.findall(text)) >= max(2, 0.2 * lines)
+FENCED = regex.compile(r"^ *(```|~~~).*?(?:^ *\1|\Z)", regex.M | regex.S)
+LATIN, OTHER = regex.compile(r"\p{Latin}"), regex.compile(r"[\p{L}--\p{Han}--\p{Latin}]", regex.V1)
 
 
 def detect_language(text: str) -> str:
-    """'zh', 'en' or 'other', by the shares of scripts; Latin script is English unless its small words say otherwise."""
-    han, latin, other = (len(p.findall(text)) for p in (HAN, LATIN, OTHER_SCRIPT))
+    """'code' where a fifth of the lines outside Markdown fences read so; else 'zh', 'en', 'other' by script.
+
+    Latin script is English unless its small words say otherwise.
+    """
+    text = FENCED.sub("", text) or text
+    if len(lists()["code_line"].findall(text)) >= max(2, 0.2 * sum(1 for line in text.split("\n") if line.strip())):
+        return "code"
+    han, latin, other = (len(pattern.findall(text)) for pattern in (HAN, LATIN, OTHER))
     if other > 0.3 * (han + latin + other):
         return "other"
-    if 2 * han >= 0.3 * (2 * han + latin):  # a Han character says about as much as two letters or more
+    if 2 * han >= 0.3 * (2 * han + latin):  # a Han character says as much as two letters or more
         return "zh"
-    words = re.findall(r"[^\W\d_]+", text.lower())
-    english, european = sum(w in ENGLISH for w in words), sum(w in EUROPEAN for w in words)
-    return "other" if len(words) >= 20 and european > 0.08 * len(words) and european > 2 * english else "en"
+    words = regex.findall(r"\p{L}+", text.lower())
+    english, foreign = (sum(word in lists()[known] for word in words) for known in ("english", "foreign"))
+    return "other" if len(words) >= 20 and foreign > max(0.08 * len(words), 2 * english) else "en"
 
 
-BLOCKS = set("p div br hr h1 h2 h3 h4 h5 h6 ul ol li dl dt dd table thead tbody tfoot tr section article header footer nav "
-             "aside main form fieldset blockquote pre figure figcaption html head body title address center option".split())
-INLINE = set("a abbr acronym audio b base big button canvas caption cite code col colgroup data del details dfn em embed font "
-             "i iframe img input ins kbd label legend link mark map meta noscript object param picture q s samp script select "
-             "small source span strike strong style sub summary sup svg path td textarea th time tt u var video wbr".split())
-HTML = re.compile(r"^ *(?:```|~~~).*?(?:^ *(?:```|~~~)|\Z)|`[^`\n]+`|<!--|<(/?)([A-Za-z][\w:-]*)(?:\s[^<>]*)?/?>"
-                  r"|<(?:!DOCTYPE|\?)[^<>]*>", re.M | re.S | re.I)
-ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});")
+HTML = regex.compile(r"^ *(?:```|~~~).*?(?:^ *(?:```|~~~)|\Z)|`[^`\n]+`|<!--|<(?:!doctype|\?)[^<>]*>"
+                     r"|<(/?)([a-z][\w:-]*)(?:\s[^<>]*)?/?>", regex.M | regex.S | regex.I)
+ENTITY = regex.compile(r"&(?:#\d{1,7}|#x[0-9a-f]{1,6}|[a-z][a-z0-9]{1,30});", regex.I)
 
 
 def strip_html(text: str) -> tuple[str, int]:
-    """Text -> (text without tags, comments, scripts, styles and entities; how many of them there were).
+    """Text -> (text without tags, comments, scripts, styles, entities; how many of them there were).
 
-    A tag is one of HTML's, or of a name that this text also closes (XML); `Vec<T>` and `<unk>` stay, and so does what
-    stands in Markdown code. One pass over the tags, linear in the length whatever the input.
+    A tag is one of HTML's, or of a name that this text also closes (XML): `Vec<T>` and `<unk>` stay, and so
+    does all that stands in Markdown code. One pass over the tags: linear in the length, whatever the input.
     """
-    lower = text.lower()
-    closed = set(re.findall(r"</([a-z][\w:-]*)", lower))
-    last_end = {name: lower.rfind(end) for name, end in (("script", "</script"), ("style", "</style"), ("!", "-->"))}
-    parts, at, count = [], 0, 0
+    blocks, inline = lists()["html_blocks"], lists()["html_inline"]
+    names = blocks | inline | {"!", "td", "th"} | set(regex.findall(r"</([a-z][\w:-]*)", text.lower()))
+    parts, at, count, unclosed = [], 0, 0, set()
     for match in HTML.finditer(text) if "<" in text else ():
-        name = "!" if match[0] == "<!--" else (match[2] or "").lower()
-        is_tag = name in BLOCKS or name in INLINE or name in closed or match[0][:2] in ("<!", "<?")
-        if match.start() < at or not is_tag or match[0].startswith("`"):
+        name = "!" if match[0][:2] in ("<!", "<?") else (match[2] or "").lower()
+        if match.start() < at or name not in names:
             continue
-        gap = "\n" if name in BLOCKS else " " if name in ("td", "th") or name not in INLINE else ""
-        parts += text[at:match.start()], gap
+        parts += text[at:match.start()], "" if name in inline else "\n" if name in blocks else " "
         at, count = match.end(), count + 1
-        if not match[1] and last_end.get(name, -1) > at:  # <script>, <style>, <!-- : what is inside goes too
-            end = "-->" if name == "!" else "</" + name
-            at = lower.index(end, at)
-            at = lower.find(">", at) + 1 or len(text)
+        end = "-->" if match[0] == "<!--" else {"script": "</script>", "style": "</style>"}.get(name, "")
+        if end and not match[1] and end not in unclosed:  # what is inside goes too
+            closing = regex.compile(end, regex.I).search(text, at)
+            at = closing.end() if closing else at
+            unclosed |= set() if closing else {end}
     text, entities = ENTITY.subn(lambda m: html.unescape(m[0]), "".join(parts) + text[at:])
-    if count:
-        text = re.sub(r"[ \t]*\n[ \t]*(?:\n[ \t]*)+", "\n\n", text)
-    return text, count + entities
+    return regex.sub(r"\n{3,}", "\n\n", normalise(text)) if count else text, count + entities
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Noise
+# ---- What is no text: noise, spam, hate, danger ------------------------------------------------------------
 
-URL = re.compile(r"(?:https?://|www\.)[^\s<>()\[\]，。；）】]+", re.I)
-MINIMUM = {"en": 20, "zh": 8, "code": 20}  # characters that are not space; a couplet of 2 x 5 Han characters is text
-SYMBOLS = {"en": 0.45, "zh": 0.45, "code": 0.75}  # largest share of what is neither letter nor digit
+URL = regex.compile(r"(?:https?://|www\.)[^\s<>()\[\]，。；）】]+", regex.I)
+# By language: fewest characters (a couplet of 2 x 5 is Chinese text), most symbols, fewest characters a link
+LIMITS = {"en": (20, 0.6, 60), "zh": (8, 0.6, 25), "code": (20, 0.75, 20)}
+RUN = regex.compile(r"([^\W\d_])\1{24}")
 
 
 def noise(text: str, lang: str) -> tuple[str, str] | None:
-    """(reason, detail) when the text is too short, mostly symbols, links or repetition; else None."""
-    dense = "".join(text.split())
-    if len(dense) < MINIMUM[lang]:
+    """(reason, detail) when the text is too short, or mostly symbols, links or repetition; else None."""
+    dense, (shortest, most_symbols, apart) = "".join(text.split()), LIMITS[lang]
+    if len(dense) < shortest:
         return "too_short", f"{len(dense)} characters"
-    symbols = sum(not c.isalnum() for c in dense) / len(dense)
-    if symbols > SYMBOLS[lang]:
-        return "symbols", f"{symbols:.0%} are neither letters nor digits"
-    links = sum(map(len, URL.findall(text))) / len(dense)
-    if links > 0.4:
-        return "links", f"{links:.0%} of the text is links"
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    symbols = sum(not c.isalnum() for c in dense)
+    if symbols > most_symbols * len(dense):
+        return "symbols", f"{symbols} of {len(dense)} characters are neither letters nor digits"
+    links = URL.findall(text)
+    linked = sum(map(len, links))
+    if linked > 0.4 * len(dense) and len(dense) - linked < apart * len(links):
+        return "links", f"{linked} of {len(dense)} characters are links"
+    lines = [line.strip() for line in FENCED.sub("", text).split("\n") if line.strip()]
     repeated = sum(len(line) * (n - 1) for line, n in Counter(lines).items())
-    if len(lines) >= 4 and repeated > 0.5 * sum(map(len, lines)) and lang != "code":
-        return "repetition", "more than half of the text is repeated lines"
-    data = text.encode()
-    packed = len(zlib.compress(data, 1)) / len(data)
-    if len(data) > 200 and packed < 0.1:
-        return "repetition", f"packs to {packed:.0%} of its size"
-    run = re.search(r"([^\s\d=_*.#~+-])\1{24}", text) if lang != "code" else None
-    if run:
-        return "repetition", f"{run[1]} again and again"
+    if lang != "code" and (len(lines) >= 4 and 2 * repeated > sum(map(len, lines)) or RUN.search(text)):
+        return "repetition", "most of its lines, or one letter, again and again"
+    size, packed = len(text.encode()), len(zlib.compress(text.encode(), 1))
+    return ("repetition", f"packs from {size} bytes to {packed}") if size > 200 and packed < 0.1 * size else None
+
+
+def keyword_verdict(text: str, lang: str) -> tuple[str, str] | None:
+    """('spam' | 'hate' | 'danger', detail) when key phrases are many and dense in the text; else None.
+
+    A phrase gives 3 points each time, a word 1 point once: a text that only names things is let through.
+    """
+    lower = text.lower()
+    hundreds = max(0.4, len(lower) / (170 if lang == "zh" else 600))  # of words; at least 40
+    for reason, least in lists()["points"].items() if lang != "code" else ():
+        phrases, words = lists()["phrases"][reason, lang]
+        said = [match[0] for match in phrases.finditer(lower)]
+        named = sorted(set(words.findall(lower))) if 3 * len(said) + 12 >= least * hundreds else []
+        points = 3 * len(said) + len(named)
+        if points >= max(4, least * hundreds):
+            return reason, f"{points} points in {100 * hundreds:.0f} words: {'; '.join((said + named)[:5])}"
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Harm, bias and spam by key phrases
-
-# Per reason and language: (phrases that say it by themselves, words that only add up). Regular expressions over
-# lower-case text. A word alone is never enough (an article may name it), and a phrase must be dense in the text.
-KEYWORDS = {}
-
-
-def keyword_reason(text: str, lang: str) -> tuple[str, str] | None:
-    return None
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Personal data
-
-EMAIL = re.compile(r"(?<![\w.+-])(?!git@)[A-Za-z0-9][\w.+-]{0,63}@(?:[A-Za-z0-9][A-Za-z0-9-]{0,62}\.){1,4}[A-Za-z]{2,12}(?![\w-])")
-CHINESE_ID = re.compile(r"(?<![\w-])[1-9]\d{5}(?:19|20)\d{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\d{3}[\dXx](?!\w)")
-CARD = re.compile(r"(?<![\w.-])[2-6]\d{3}(?:[ -]?\d){9,15}(?![\w-]|\.\d)")
-PHONE = re.compile(r"""(?<![\w.+-])(?:
-    (?:\+?86[ -]?)?1[3-9]\d([ -]?)\d{4}\1\d{4} |                     # Chinese mobile
-    (?:\+86[ -]?)?\(?0\d{2,3}\)?[ -]\d{7,8} |                        # Chinese landline
-    (?:\+?1[ .-]?)?(?:\([2-9]\d\d\)[ ]?|[2-9]\d\d[.-])\d{3}[.-]\d{4} |   # North America
-    \+[1-9]\d{0,2}(?:[ .-]?\(?\d{1,4}\)?){2,5}                        # others, in international form
-    )(?![\w-])""", re.X)
-ADDRESS = re.compile(r"(?<![\w.-])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w-]|\.\d)")
-LOCAL = re.compile(r"0\.|10\.|127\.|192\.168\.|169\.254\.|172\.(?:1[6-9]|2\d|3[01])\.|255\.|[1-9]\.\d\.\d\.\d$")
-
-
-def luhn(digits: str) -> bool:
-    """The check of card numbers (ISO/IEC 7812-1): every second digit from the right doubled, the sum a multiple of 10."""
-    values = [int(d) for d in reversed(digits)]
-    return sum(values[::2]) % 10 == -sum(sum(divmod(2 * d, 10)) for d in values[1::2]) % 10
-
-
-def chinese_id_checks(number: str) -> bool:
-    """The check character of an 18-digit identity number (GB 11643, ISO 7064 MOD 11-2)."""
-    total = sum(int(d) * pow(2, 17 - i, 11) for i, d in enumerate(number[:17]))
-    return number[17].upper() == "10X98765432"[total % 11]
+# ---- Personal data -----------------------------------------------------------------------------------------
 
 
 def is_card(number: str) -> bool:
-    digits = re.sub(r"\D", "", number)
-    return 13 <= len(digits) <= 19 and len(set(digits)) > 2 and luhn(digits)
+    """Luhn's check of card numbers (ISO/IEC 7812-1): each second digit from the right doubled, sum ends in 0."""
+    digits = [int(d) for d in reversed(number) if d.isdigit()]
+    total = sum(digits[::2]) + sum(sum(divmod(2 * d, 10)) for d in digits[1::2])
+    return 13 <= len(digits) <= 19 and len(set(digits)) > 2 and total % 10 == 0
 
 
-def is_phone(number: str) -> bool:
-    return 7 <= len(re.sub(r"\D", "", number)) <= 15
+def is_chinese_id(number: str) -> bool:
+    """The check character of an 18-digit identity number (GB 11643, ISO 7064 MOD 11-2)."""
+    total = sum(int(digit) * pow(2, 17 - i, 11) for i, digit in enumerate(number[:17]))
+    return number[17].upper() == "10X98765432"[total % 11]
 
 
-PERSONAL = (  # (name, placeholder, pattern, the check that a match must pass)
-    ("email", "[EMAIL]", EMAIL, lambda s: True), ("id_number", "[ID]", CHINESE_ID, chinese_id_checks),
-    ("card", "[CARD]", CARD, is_card), ("phone", "[PHONE]", PHONE, is_phone),
-    ("ip_address", "[IP]", ADDRESS, lambda s: not LOCAL.match(s)),  # local addresses and version numbers are nobody's
-)
+def mask_personal(text: str, lang: str) -> tuple[str, Counter]:
+    """Text -> (text with [EMAIL], [PHONE], ... in place of personal data, how many of each sort).
 
-
-def mask_personal(text: str) -> tuple[str, Counter]:
-    """Text -> (text with placeholders for personal data, how many of each sort)."""
+    In code only e-mail addresses are masked: long numbers there are seldom anybody's.
+    """
     counts = Counter()
-    for name, placeholder, pattern, check in PERSONAL:
-        def replace(match):
-            if not check(match[0]):
-                return match[0]
+    for name, pattern in lists()["personal"].items():
+        check = {"card": is_card, "id": is_chinese_id}.get(name, bool)
+        if lang == "code" and name != "email":
+            continue
+        for match in reversed([match for match in pattern.finditer(text) if check(match[0])]):
+            text = f"{text[:match.start()]}[{name.upper()}]{text[match.end():]}"
             counts[name] += 1
-            return placeholder
-        text = pattern.sub(replace, text)
     return text, counts
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Duplicates: what two texts are compared by, MinHash, locality-sensitive hashing
+# ---- Duplicates --------------------------------------------------------------------------------------------
 
-TOKENS = {"text": re.compile(r"[^\W_]+|[+*/=<>×÷%-]"), "code": re.compile(r"\w+|[^\w\s]")}
+TEXT_TOKEN, CODE_TOKEN = regex.compile(r"[^\W_]+|[+*/=<>×÷%-]"), regex.compile(r"\w+|[^\w\s]")
 HASHES, SHINGLE = 120, 5
-TOP = np.uint64(32)
+MULTIPLY, ADD = np.random.RandomState(1).randint(2**64, size=(2, HASHES), dtype=np.uint64)  # (P,) each
 
 
 def tokens(text: str, lang: str) -> list[str]:
-    """What duplicates are compared by: words and signs; case, punctuation and spacing count in code only."""
-    return TOKENS["code"].findall(text) if lang == "code" else TOKENS["text"].findall(text.casefold())
+    """What texts are compared by: words and signs. Case and punctuation count in code only, spacing nowhere."""
+    return CODE_TOKEN.findall(text) if lang == "code" else TEXT_TOKEN.findall(text.casefold())
 
 
 def fingerprint(pieces: list[str]) -> int:
-    """128-bit hash of a text's tokens: equal for exact duplicates; its top bits choose the split."""
+    """128-bit hash of a text's tokens: equal for exact duplicates; it also chooses the split."""
     return int.from_bytes(hashlib.blake2b("\0".join(pieces).encode(), digest_size=16).digest(), "big")
 
 
-def scramble(x: np.ndarray) -> np.ndarray:
-    """64-bit finaliser of SplitMix64 (Steele et al. 2014): spreads every input bit over the word."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-MULTIPLY = scramble(np.arange(1, HASHES + 1, dtype=np.uint64)) | np.uint64(1)  # (P,)
-ADD = scramble(np.arange(HASHES + 1, 2 * HASHES + 1, dtype=np.uint64))  # (P,)
-
-
-@functools.lru_cache(maxsize=1 << 18)
-def word_hash(word: str) -> int:
-    return zlib.crc32(word.encode())
-
-
 def shingles(pieces: list[str], lang: str) -> np.ndarray:
-    """Distinct hashes (S,) uint64 of the runs of five words; in Chinese, which writes no spaces, of five characters."""
-    if lang == "zh":
-        units = np.frombuffer("".join(pieces).encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
-    else:
-        units = np.array([word_hash(w) for w in pieces], dtype=np.uint64)
-    width = max(1, min(SHINGLE, len(units)))
-    runs = np.zeros(max(0, len(units) - width + 1), dtype=np.uint64)  # (S',)
-    for k in range(width):
-        runs = scramble(runs + units[k:k + len(runs)] + np.uint64(0x9E3779B97F4A7C15))
-    return np.unique(runs)
+    """Distinct hashes (S,) uint64 of the runs of five words; in Chinese, without spaces, of five characters."""
+    units, space = ("".join(pieces), "") if lang == "zh" else (pieces, " ")
+    runs = (space.join(units[i:i + SHINGLE]) for i in range(max(1, len(units) - SHINGLE + 1)))
+    return np.array(sorted({zlib.crc32(run.encode()) for run in runs}), dtype=np.uint64)
 
 
 def minhash(runs: np.ndarray) -> np.ndarray:
     """Signature (P,) uint32: the least value of the set (S,) under each of P hash functions (Broder 1997).
 
-    Two signatures agree at a place with probability equal to the sets' Jaccard similarity.
+    Two signatures agree at a place with a probability equal to the sets' Jaccard similarity.
     """
-    signature = np.full(HASHES, 2**32 - 1, dtype=np.uint64)
+    least = np.full(HASHES, 2**32 - 1, dtype=np.uint64)
     for start in range(0, len(runs), 1024):
-        hashed = (runs[start:start + 1024, None] * MULTIPLY + ADD) >> TOP  # (<= 1024, P), multiply-shift hashing
-        np.minimum(signature, hashed.min(axis=0), out=signature)
-    return signature.astype(np.uint32)
+        hashed = (runs[start:start + 1024, None] * (MULTIPLY | np.uint64(1)) + ADD) >> np.uint64(32)  # (<= 1024, P)
+        np.minimum(least, hashed.min(axis=0), out=least)
+    return least.astype(np.uint32)
 
 
-def jaccard(a: np.ndarray, b: np.ndarray) -> float:
-    """|A and B| / |A or B| of two sets of shingles."""
-    common = len(np.intersect1d(a, b, assume_unique=True))
-    return common / max(1, len(a) + len(b) - common)
+def find_duplicates(documents: list, threshold: float, load_shingles) -> dict:
+    """Documents in reading order -> {position: (reason, detail)} of those that repeat an earlier one that stays.
 
-
-def rows_per_band(threshold: float) -> int:
-    """Most rows to a band such that a pair at the threshold shares some band with probability at least 0.99."""
-    rows = [r for r in range(1, HASHES + 1) if HASHES % r == 0]
-    return max([r for r in rows if 1 - (1 - threshold**r) ** (HASHES // r) >= 0.99], default=1)
-
-
-def find_duplicates(kept: list, threshold: float, load_shingles) -> dict:
-    """Entries in reading order -> {position: (reason, detail)} of those that repeat an earlier one that stays.
-
-    Exact: same fingerprint. Near: same lang, some band of the signature equal (LSH), and a true Jaccard similarity
-    of the shingles, `load_shingles(entry)`, of at least the threshold.
+    Exact: the same fingerprint. Near: of one language, some band of the signature equal (LSH, Indyk and Motwani
+    1998), and a true Jaccard similarity of the shingles, `load_shingles(position)`, at or above the threshold.
     """
-    rows = rows_per_band(threshold)
-    seen, buckets, drops = {}, defaultdict(list), {}
-    for position, entry in enumerate(kept):
-        if entry.key in seen:
-            drops[position] = "exact_duplicate", f"of {seen[entry.key].id}"
+    fits = [r for r in range(1, 61) if HASHES % r == 0 and 1 - (1 - threshold**r) ** (HASHES // r) >= 0.99]
+    rows, first, buckets, drops = max(fits, default=1), {}, defaultdict(list), {}  # rows to a band
+    for i, document in enumerate(documents):
+        if first.setdefault(document.key, i) != i:
+            drops[i] = "exact_duplicate", f"of {documents[first[document.key]].id}"
             continue
-        seen[entry.key] = entry
-        if threshold >= 1:
+        if document.signature is None:
             continue
-        bands = [(entry.lang, b, entry.signature[b:b + rows].tobytes()) for b in range(0, HASHES, rows)]
-        for other in dict.fromkeys(o for band in bands for o in buckets[band]):
-            if np.mean(kept[other].signature == entry.signature) < threshold - 0.15:  # 4 standard deviations
+        bands = [(document.lang, b, document.signature[b:b + rows].tobytes()) for b in range(0, HASHES, rows)]
+        for j in dict.fromkeys(j for band in bands for j in buckets[band]):
+            if np.mean(documents[j].signature == document.signature) < threshold - 0.15:  # 4 deviations
                 continue
-            similarity = jaccard(load_shingles(kept[other]), load_shingles(entry))
-            if similarity >= threshold:
-                drops[position] = "near_duplicate", f"of {kept[other].id}, Jaccard {similarity:.2f}"
+            a, b = load_shingles(j), load_shingles(i)
+            common = len(np.intersect1d(a, b, assume_unique=True))
+            if (similarity := common / (len(a) + len(b) - common)) >= threshold:
+                drops[i] = "near_duplicate", f"of {documents[j].id}, Jaccard {similarity:.2f}"
                 break
         else:
             for band in bands:
-                buckets[band].append(position)
+                buckets[band].append(i)
     return drops
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Mixing and splitting
+# ---- Mixing and splitting ----------------------------------------------------------------------------------
 
 
-def parse_mix(words: list[str]) -> dict | None:
-    """['web=75', 'code=10'] -> {'web': 75.0, 'code': 10.0}; ['none'] -> None."""
-    if words == ["none"]:
-        return None
+def parse_mix(words: list[str]) -> dict:
+    """['web=75', 'code=10'] -> {'web': 75.0, 'code': 10.0}; ['none'] -> {}."""
     shares = {}
-    for word in words:
-        match = re.fullmatch(r"(\w+)=(\d+(?:\.\d+)?)", word)
+    for word in words if words != ["none"] else ():
+        match = regex.fullmatch(r"(\w+)=(\d+(?:\.\d+)?)", word)
         if not match or match[1] not in KINDS or match[1] in shares:
-            raise InputError(f"--mix {word}: expected shares as web=75 papers=15 code=10, each kind once, or none")
+            raise InputError(f"--mix {word}: expected shares as web=75 papers=15 code=10, or none")
         shares[match[1]] = float(match[2])
-    if not any(shares.values()):
-        raise InputError("--mix: at least one share must be above 0")
     return shares
 
 
-def mix(entries: list, shares: dict, seed: int) -> tuple[set, list[str]]:
-    """Positions that stay, and notices: the largest corpus whose kinds have the given shares of its bytes.
+def mix(documents: list, shares: dict, seed: int) -> list[str]:
+    """Marks what is over-represented as dropped; returns notices. The kinds get these shares of the UTF-8 bytes.
 
-    The scarcest kind stays whole, the others are thinned to fit; which documents go is a hash of seed and text. Bytes
-    of UTF-8, since they follow the tokens of both languages closely (characters would count Chinese thrice).
+    The scarcest kind stays whole, the others are thinned; which documents go is a hash of seed and text. Bytes,
+    as they follow the tokens of both languages: a Chinese character says as much as three letters.
     """
-    have = Counter()
-    for entry in entries:
-        have[entry.kind] += entry.bytes
+    have, taken = Counter(), Counter()
+    for document in documents:
+        have[document.kind] += document.bytes
     wanted = {kind: share for kind, share in shares.items() if share and have[kind]}
-    notices = [f"mix: no {kind} in the input; the other shares stand as they are to one another"
-               for kind, share in shares.items() if share and not have[kind]]
     if not wanted:
-        raise InputError(f"--mix: the input has none of {', '.join(shares)}; use --mix none")
-    scale = min(have[kind] / share for kind, share in wanted.items())
-    order = sorted(range(len(entries)), key=lambda i: hashlib.blake2b(b"%d %d" % (seed, entries[i].key)).digest())
-    taken, stay = Counter(), set()
-    for i in order:
-        if taken[entries[i].kind] < scale * wanted.get(entries[i].kind, 0):
-            taken[entries[i].kind] += entries[i].bytes
-            stay.add(i)
-    if 2 * sum(taken.values()) < sum(have.values()):
-        scarce = min(wanted, key=lambda kind: have[kind] / wanted[kind])
-        notices.append(f"mix: more than half of the text is dropped, because {scarce} is scarce; --mix none keeps all")
-    return stay, notices
+        raise InputError(f"--mix: the input has only {', '.join(have)}; --mix none keeps all")
+    scarce = min(wanted, key=lambda kind: have[kind] / wanted[kind])
+    limits = {kind: have[scarce] * share / wanted[scarce] for kind, share in wanted.items()}
+    for document in sorted(documents, key=lambda d: hashlib.blake2b(b"%d %d" % (seed, d.key)).digest()):
+        if taken[document.kind] < limits.get(document.kind, 0):
+            taken[document.kind] += document.bytes
+        else:
+            document.verdict = "mix", f"{document.kind} is over-represented"
+    notices = [f"mix: no {kind} in the input" for kind, share in shares.items() if share and kind not in wanted]
+    if 2 * taken.total() < have.total():
+        notices.append(f"mix: over half of the text goes, because {scarce} is scarce; --mix none keeps all")
+    return notices
 
 
-def split_of(key: int) -> str:
-    """90 / 5 / 5 by the text's own fingerprint: order, reruns and other documents do not matter."""
-    place = (key >> 64) / 2**64
-    return "train" if place < 0.9 else "valid" if place < 0.95 else "test"
+def split(documents: list):
+    """90 / 5 / 5 by each text's own fingerprint: order, reruns and the other documents do not matter.
 
-
-def split(keys: list[int]) -> list[str]:
-    """The split of each document. Where so few leave valid or test empty, the train document next to it goes there."""
-    splits = [split_of(key) for key in keys]
+    Only where so few leave valid or test empty, the train document whose fingerprint is nearest goes there.
+    """
+    for document in documents:
+        place = (document.key >> 64) / 2**64
+        document.split = "train" if place < 0.9 else "valid" if place < 0.95 else "test"
     for name in ("test", "valid"):
-        train = [i for i, s in enumerate(splits) if s == "train"]
-        if name not in splits and len(train) >= 2:
-            splits[max(train, key=lambda i: keys[i])] = name
-    return splits
+        train = [document for document in documents if document.split == "train"]
+        if len(train) >= 2 and all(document.split != name for document in documents):
+            max(train, key=lambda document: document.key).split = name
+
+
+# ---- A document's way --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Document:
+    """A document on its way; `verdict` is (reason, detail) once it is dropped, ('', '') while it stays."""
+
+    text: str
+    source: str
+    origin: str
+    kind: str
+    bytes: int
+    lang: str = ""
+    meta: object = None
+    id: str = ""
+    verdict: tuple[str, str] = ("", "")
+    changes: Counter = field(default_factory=Counter)
+    key: int = 0
+    signature: np.ndarray | None = None
+    split: str = ""
+    start: int = 0  # where the cleaned text is on disk
+
+    def line(self, more: dict) -> bytes:
+        """A line of JSON that names the document; `meta` is passed on unread."""
+        names = {"source": self.source, "kind": self.kind, "lang": self.lang, "origin": self.origin}
+        record = {"id": self.id} | more | names | ({} if self.meta is None else {"meta": self.meta})
+        return json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+
+def parse(number: int, data: bytes, document: Document):
+    """A line of JSON (or a whole file: number 0) into `document`; raises ValueError saying what is wrong."""
+    document.text, bad = decode(data)
+    document.changes["bad_bytes"] = bad
+    if not number:
+        return
+    record = json.loads(document.text, parse_constant=refuse_constant)
+    if not isinstance(record, dict):
+        raise ValueError(f"expected a JSON object, found {type(record).__name__}")
+    if not isinstance(record.get("text"), str):
+        found = type(record["text"]).__name__ if "text" in record else "no such key"
+        raise ValueError(f"`text` must be a string, found {found}")
+    document.text, document.meta = record["text"], record.get("meta")
+    document.origin = str(record.get("source") or document.origin)
+    document.kind = record["kind"] if record.get("kind") in KINDS else document.kind
+    document.lang = record["lang"] if record.get("lang") in LANGS else ""
+
+
+def clean(document: Document) -> tuple[str, str] | None:
+    """All that one document decides: fills in its text, lang, kind and changes; returns why it is dropped."""
+    text, repaired, damaged = repair_mojibake(document.text)
+    text, lost = regex.subn("\ufffd", "", normalise(text))
+    lang, tags = document.lang or detect_language(text), 0
+    if lang != "code":
+        text, tags = strip_html(text)
+        lang = document.lang or detect_language(text).replace("code", "en")
+    document.text, personal = mask_personal(normalise(text), lang)
+    document.lang, document.kind = lang, document.kind or ("code" if lang == "code" else "web")
+    document.changes.update(mojibake=repaired, lost_characters=lost, html=tags, **personal)
+    if not text.strip():
+        return "empty", "no visible character"
+    if damaged >= max(2, 0.005 * len(text)):
+        return "mojibake", f"{damaged} of {len(text)} characters are broken"
+    if lang == "other":
+        return "language", "neither English nor Chinese nor code"
+    return noise(text, lang) or keyword_verdict(text, lang)
+
+
+def clean_batch(batch: list, options: Options) -> list[Document]:
+    """What a process does: [(path, line number or 0, source, kind, bytes)] -> documents and their signatures."""
+    documents = []
+    for path, number, source, kind, data in batch:
+        document = Document(text="", source=source, origin=Path(path).name, kind=kind, bytes=len(data))
+        try:
+            parse(number, data, document)
+            document.verdict = clean(document) or ("", "")
+        except (ValueError, RecursionError) as error:
+            document.verdict = "malformed", f"{path}:{number}: {error}"
+        document.changes = +document.changes
+        if not document.verdict[0]:
+            pieces = tokens(document.text, document.lang)
+            document.key = fingerprint(pieces)
+            if options.near_duplicate < 1:
+                document.signature = minhash(shingles(pieces, document.lang))
+        documents.append(document)
+    return documents
+
+
+# ---- The run -----------------------------------------------------------------------------------------------
+
+
+def find_files(inputs: list[str], out: Path) -> list[tuple[Path, str, str]]:
+    """[(file, source, kind)] in sorted order.
+
+    Source is the file's stem; of a .txt in a folder, where every file is a document, the folder's name. Kind is
+    the nearest name, of the file or of a folder given or walked, that is web, papers or code.
+    """
+    files = []
+    for path in map(Path, inputs):
+        if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
+            raise InputError(f"--out {out} lies inside --input {path}: the next run would read its own output")
+        for file in text_files([path]):
+            folders = file.parent.relative_to(path.parent).parts if path.is_dir() else file.parent.parts[-1:]
+            stem = regex.sub(r"\.(txt|jsonl|jsonl\.gz)$", "", file.name)
+            kind = next((part for part in (stem, *reversed(folders)) if part in KINDS), "")
+            files.append((file, folders[-1] if path.is_dir() and file.suffix == ".txt" else stem, kind))
+    return files
+
+
+def read_batches(files: list, progress, size: int = 1 << 19):
+    """Yield lists of (path, line number or 0 for a whole file, source, kind, bytes), of about `size` bytes."""
+    batch, held = [], 0
+    for path, source, kind in files:
+        try:
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+                for number, data in [(0, file.read())] if path.suffix == ".txt" else enumerate(file, 1):
+                    held += len(data)
+                    progress.update(len(data))
+                    if data.strip():
+                        batch.append((str(path), number, source, kind, data.removeprefix(b"\xef\xbb\xbf")))
+                    if held >= size:
+                        yield batch
+                        batch, held = [], 0
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise InputError(f"{path}: not a whole gzip file ({error})") from None
+    yield batch
+
+
+def cleaned_documents(files: list, options: Options):
+    """Yield every document after `clean_batch`, in reading order whatever the number of processes."""
+    total = sum(path.stat().st_size for path, _, _ in files)
+    work = functools.partial(clean_batch, options=options)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="clean", disable=None) as progress:
+        batches = read_batches(files, progress)
+        if options.processes == 1 or total < 1_000_000:  # less is cleaned before a process has started
+            yield from itertools.chain.from_iterable(map(work, batches))
+            return
+        with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+            while window := list(itertools.islice(batches, 4 * options.processes)):  # reads not far ahead
+                yield from itertools.chain.from_iterable(pool.map(work, window, chunksize=1))
+
+
+def prepare(options: Options, folder: Path) -> dict:
+    """Read, clean, compare, mix, split and write into `folder`; returns the report.
+
+    The texts wait in a file; memory holds the documents' names and signatures, about 1 KB each.
+    """
+    shares, files = parse_mix(options.mix), find_files(options.input, Path(options.out))
+    documents, notices, numbers = [], [], Counter()
+    with open(folder / "cleaned.tmp", "w+b") as cleaned:
+        def load(document):
+            cleaned.seek(document.start)
+            return cleaned.read(document.bytes).decode()
+
+        for document in cleaned_documents(files, options):
+            if document.verdict[0] == "malformed" and not options.skip_bad:
+                raise InputError(f"{document.verdict[1]}; mend it, or pass over such lines with --skip-bad")
+            document.id = f"{document.source}-{numbers[document.source]:06d}"
+            numbers[document.source] += 1
+            data = document.text.encode("utf-8", "replace")
+            document.start, document.bytes, document.text = cleaned.tell(), len(data), ""
+            cleaned.write(data)
+            documents.append(document)
+        if not documents:
+            raise InputError(f"--input {' '.join(options.input)}: there is no text in it")
+        kept = [document for document in documents if not document.verdict[0]]
+        load_shingles = functools.lru_cache(maxsize=4096)(
+            lambda i: shingles(tokens(load(kept[i]), kept[i].lang), kept[i].lang))
+        for i, verdict in find_duplicates(kept, options.near_duplicate, load_shingles).items():
+            kept[i].verdict = verdict
+        kept = [document for document in kept if not document.verdict[0]]
+        notices = mix(kept, shares, options.seed) if shares and kept else []
+        kept = [document for document in kept if not document.verdict[0]]
+        if not kept:
+            reasons = Counter(document.verdict[0] for document in documents).most_common()
+            raise InputError(f"nothing is left after cleaning: {', '.join(f'{n} {r}' for r, n in reasons)}")
+        split(kept)
+        write_corpus(folder, documents, load)
+    os.remove(folder / "cleaned.tmp")
+    return make_report(documents, kept, notices)
+
+
+def write_corpus(folder: Path, documents: list[Document], load):
+    """FOLDER/{train,valid,test}/{source}.jsonl, dropped.jsonl and changed.jsonl, each in reading order."""
+    files = defaultdict(list, {"dropped.jsonl": [], "changed.jsonl": []})
+    for document in documents:
+        reason, detail = document.verdict
+        if document.changes:
+            files["changed.jsonl"].append((document, {"changes": document.changes}))
+        if reason:
+            files["dropped.jsonl"].append((document, {"reason": reason, "detail": detail}))
+        else:
+            files[f"{document.split}/{document.source}.jsonl"].append((document, {}))
+    for name in SPLITS:
+        (folder / name).mkdir()
+    for name, entries in files.items():
+        with open(folder / name, "wb") as file:
+            for document, more in entries:
+                text = {} if name == "changed.jsonl" else {"text": load(document)[:200 if more else None]}
+                file.write(document.line(more | text))
+
+
+def make_report(documents: list[Document], kept: list[Document], notices: list[str]) -> dict:
+    """Documents by source and by what became of them; documents and UTF-8 bytes by kind, language and split."""
+    sources = defaultdict(Counter)
+    for document in documents:
+        sources[document.source].update(("read", document.verdict[0] or "kept"))
+    report = {"all": sum(sources.values(), Counter()), "sources": sources, "notices": notices,
+              "changed": Counter(name for document in documents for name in document.changes),
+              "kinds": defaultdict(Counter), "langs": defaultdict(Counter), "splits": defaultdict(Counter)}
+    for document in kept:
+        for title in ("kinds", "langs", "splits"):
+            report[title][getattr(document, title[:-1])].update(documents=1, bytes=document.bytes)
+    return report
+
+
+def print_report(report: dict):
+    """The report as tables: what was dropped and why, by source; what was changed; what there is now."""
+    print(f"{'source':>30} {'read':>7} {'kept':>7}  dropped, by reason")
+    for source, counts in [*report["sources"].items(), ("all", report["all"])]:
+        dropped = ", ".join(f"{n} {reason}" for reason, n in counts.most_common() if reason not in ("read", "kept"))
+        print(f"{source:>30} {counts['read']:7} {counts['kept']:7}  {dropped}")
+    print("changed:", ", ".join(f"{name} in {n}" for name, n in report["changed"].most_common()) or "nothing")
+    total = sum(counts["bytes"] for counts in report["splits"].values())
+    for title in ("kinds", "langs", "splits"):
+        print(f"{title}:", ", ".join(f"{name} {n['documents']} documents, {n['bytes'] / 1e6:.2f} MB"
+                                     f" ({n['bytes'] / total:.0%})" for name, n in report[title].items()))
+    for notice in report["notices"]:
+        print(f"notice: {notice}")
+
+
+@one_line_errors
+def main(argv=None):
+    options, began = parse_options(Options, argv, "prepare.py"), time.perf_counter()
+    lists()
+    if not 0 < options.near_duplicate <= 1 or options.processes < 1:
+        raise InputError("--near-duplicate must be above 0 and at most 1, --processes at least 1")
+    out, folder = Path(options.out), Path(f"{options.out.rstrip('/')}.partial")
+    if (out / "run.json").exists() and not options.overwrite:
+        raise InputError(f"--out {out} is finished; choose another folder, or replace it with --overwrite")
+    if out.exists() and not (out / "run.json").exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out {out} exists and is no corpus of prepare.py; choose another folder")
+    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left: never under the name of --out
+    folder.mkdir(parents=True)
+    try:
+        report = prepare(options, folder)
+        run = {"stage": "prepare", "options": asdict(options), "seconds": time.perf_counter() - began}
+        for name, values in (("report", report), ("run", run | {"finished": True})):
+            (folder / f"{name}.json").write_text(json.dumps(values, ensure_ascii=False, indent=1), "utf-8")
+        shutil.rmtree(out, ignore_errors=True)
+        os.rename(folder, out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print_report(report)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

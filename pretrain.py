@@ -32,26 +32,29 @@ class Options:
     tokenizer: str = option("folder of the tokenizer")
     data: str = option("folder of tokens, written by `tokenizer.py encode`")
     out: str = option("checkpoint folder to write")
-    hidden_size: int = option("width of the residual stream", 256)
-    num_hidden_layers: int = option("number of blocks", 4)
-    num_attention_heads: int = option("query heads", 4)
-    num_key_value_heads: int = option("key and value heads; fewer than query heads is grouped-query attention", 4)
-    intermediate_size: int = option("width inside the MLP", 704)
-    rope_theta: float = option("base of the rotary frequencies", 10000.0)
-    max_length: int = option("tokens in a window", 256)
-    steps: int = option("optimizer steps", 1000)
-    batch_size: int = option("windows a step, over all ranks", 16)
-    micro_batch: int = option("windows a forward pass, on one rank; 0 takes the rank's whole share at once", 0)
-    lr: float = option("peak learning rate", 3e-3)
+    hidden_size: int = option("width of the residual stream", 256, at_least=1)
+    num_hidden_layers: int = option("number of blocks", 4, at_least=1)
+    num_attention_heads: int = option("query heads", 4, at_least=1)
+    num_key_value_heads: int = option("key and value heads; fewer than query heads is grouped-query attention",
+                                      4, at_least=1)
+    intermediate_size: int = option("width inside the MLP", 704, at_least=1)
+    rope_theta: float = option("base of the rotary frequencies", 10000.0, at_least=1)
+    max_length: int = option("tokens in a window", 256, at_least=1)
+    steps: int = option("optimizer steps", 1000, at_least=1)
+    batch_size: int = option("windows a step, over all ranks", 16, at_least=1)
+    micro_batch: int = option("windows a forward pass, on one rank; 0 takes the rank's whole share at once",
+                              0, at_least=0)
+    lr: float = option("peak learning rate", 3e-3, at_least=0)
     schedule: str = option("how the learning rate falls after warmup", "cosine", choices=("cosine", "linear", "wsd"))
-    warmup: int = option("steps of linear warmup", 50)
-    weight_decay: float = option("decay of matrices (norms have none)", 0.1)
-    clip: float = option("largest global norm of the gradient; 0 is off", 1.0)
-    eval_every: int = option("steps between validations; the last step always has one", 250)
-    eval_windows: int = option("validation windows of each source; 0 takes all", 32)
-    patience: int = option("stop after this many validations without a new best, and keep the best; 0 is off", 0)
-    save_every: int = option("steps between saved states", 250)
-    seed: int = option("seed of the weights and of the order of windows", 1)
+    warmup: int = option("steps of linear warmup", 50, at_least=0)
+    weight_decay: float = option("decay of matrices (norms have none)", 0.1, at_least=0)
+    clip: float = option("largest global norm of the gradient; 0 is off", 1.0, at_least=0)
+    eval_every: int = option("steps between validations; the last step always has one", 250, at_least=1)
+    eval_windows: int = option("validation windows of each source; 0 takes all", 32, at_least=0)
+    patience: int = option("stop after this many validations without a new best, and keep the best; 0 is off",
+                           0, at_least=0)
+    save_every: int = option("steps between saved states", 250, at_least=1)
+    seed: int = option("seed of the weights and of the order of windows", 1, at_least=0)
     dtype: str = option("precision of matrix products; auto probes what is faster here", "auto",
                         choices=("auto", "fp32", "bf16", "fp16"))
     compile: bool | None = option("use torch.compile; not given, it is used where it repays itself", None)
@@ -198,6 +201,7 @@ def train(options, ranks):
         if last:
             break
         if stop:
+            metrics.close()
             say(ranks, f"stopped after step {step + 1}; go on with the same command and --resume")
             return 130
     metrics.close()
@@ -206,10 +210,7 @@ def train(options, ranks):
 
 
 def check_batch(options, ranks):
-    """The step's rows must divide over ranks; refuse sizes that cannot work before anything is written."""
-    for name in ("batch_size", "max_length", "steps", "eval_every", "save_every"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+    """The step's rows must divide over ranks."""
     if options.batch_size % ranks.world_size:
         raise InputError(f"--batch-size {options.batch_size} does not divide over {ranks.world_size} processes")
 

@@ -37,24 +37,27 @@ class Options:
     out: str = option("checkpoint folder to write")
     valid: str = option("JSONL file to validate on; not given, 5 % of the data are held out by hash", "")
     replay: str = option("folder of tokens to go on reading a little of, against forgetting", "")
-    replay_share: float = option("share of the trained rows' tokens that is replay", 0.3)
-    max_length: int = option("tokens in a row; longer dialogues are cut, and counted", 256)
-    epochs: int = option("passes over the data", 2)
-    batch_size: int = option("packed rows a step, over all ranks", 16)
-    micro_batch: int = option("rows a forward pass, on one rank; 0 takes the rank's whole share at once", 0)
-    lr: float = option("peak learning rate; LoRA wants about ten times that of full fine-tuning", 3e-4)
+    replay_share: float = option("share of the trained rows' tokens that is replay", 0.3, at_least=0)
+    max_length: int = option("tokens in a row; longer dialogues are cut, and counted", 256, at_least=1)
+    epochs: int = option("passes over the data", 2, at_least=1)
+    batch_size: int = option("packed rows a step, over all ranks", 16, at_least=1)
+    micro_batch: int = option("rows a forward pass, on one rank; 0 takes the rank's whole share at once",
+                              0, at_least=0)
+    lr: float = option("peak learning rate; LoRA wants about ten times that of full fine-tuning",
+                       3e-4, at_least=0)
     schedule: str = option("how the learning rate falls after warmup", "cosine", choices=("cosine", "linear", "wsd"))
-    warmup: int = option("steps of linear warmup", 20)
-    weight_decay: float = option("decay of matrices (norms have none)", 0.0)
-    clip: float = option("largest global norm of the gradient; 0 is off", 1.0)
-    lora: int = option("rank of a LoRA adapter; 0 trains all weights", 0)
+    warmup: int = option("steps of linear warmup", 20, at_least=0)
+    weight_decay: float = option("decay of matrices (norms have none)", 0.0, at_least=0)
+    clip: float = option("largest global norm of the gradient; 0 is off", 1.0, at_least=0)
+    lora: int = option("rank of a LoRA adapter; 0 trains all weights", 0, at_least=0)
     lora_alpha: float = option("strength of the adapter: its product is scaled by alpha / rank", 32.0)
     merge: bool = option("write an adapter merged into a model folder", False)
     skip_bad: bool = option("count malformed lines and go on, instead of stopping at the first", False)
-    eval_every: int = option("steps between validations; the last step always has one", 100)
-    patience: int = option("stop after this many validations without a new best, and keep the best; 0 is off", 0)
-    save_every: int = option("steps between saved states", 100)
-    seed: int = option("seed of the order of examples and of the adapter", 1)
+    eval_every: int = option("steps between validations; the last step always has one", 100, at_least=1)
+    patience: int = option("stop after this many validations without a new best, and keep the best; 0 is off",
+                           0, at_least=0)
+    save_every: int = option("steps between saved states", 100, at_least=1)
+    seed: int = option("seed of the order of examples and of the adapter", 1, at_least=0)
     dtype: str = option("precision of matrix products; auto probes what is faster here", "auto",
                         choices=("auto", "fp32", "bf16", "fp16"))
     compile: bool | None = option("use torch.compile; not given, it is used where it repays itself", None)
@@ -271,7 +274,7 @@ def prepare_model(options, tokenizer, model):
     <|endoftext|>, which it knows as the border between texts, and an adapter trains these two rows as well.
     """
     run = Path(options.model) / "run.json"
-    new_rows = [tokenizer.im_start, tokenizer.im_end] if run.exists() and read_json(run)["stage"] == "pretrain" else []
+    new_rows = [tokenizer.im_start, tokenizer.im_end] if run.exists() and read_json(run).get("stage") == "pretrain" else []
     embedding = model.model.embed_tokens.weight
     with torch.no_grad():
         for row in new_rows:
@@ -292,6 +295,8 @@ def train(options, ranks):
     counts = {"bad": 0, "cut": 0, "too_long": 0}
     train_set, valid_set = split_examples(options, tokenizer, counts)
     files = data_files(options.data + ([options.valid] if options.valid else []))
+    if options.replay:
+        read_tokens(options.replay, "train", tokenizer)  # refused now, not after something is written
     replay = [Path(options.replay) / "index.json"] if options.replay else []
     inputs = {"model": model_fingerprint(options.model), "data": fingerprint(files + replay)}
     run, state = open_run("sft", options, ranks, inputs)
@@ -341,6 +346,7 @@ def train(options, ranks):
         if last:
             break
         if stop:
+            metrics.close()
             say(ranks, f"stopped after step {step + 1}; go on with the same command and --resume")
             return 130
     metrics.close()
@@ -358,14 +364,15 @@ def export(options, model, tokenizer, new_rows):
 
 
 def check_options(options, ranks):
-    """Refuse sizes that cannot work before anything is read or written."""
-    for name in ("batch_size", "max_length", "epochs", "eval_every", "save_every"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+    """Refuse what cannot work before anything is read or written."""
     if options.batch_size % ranks.world_size:
         raise InputError(f"--batch-size {options.batch_size} does not divide over {ranks.world_size} processes")
-    if not 0 <= options.replay_share < 1:
-        raise InputError(f"--replay-share {options.replay_share} must be at least 0 and below 1")
+    if options.replay_share >= 1:
+        raise InputError(f"--replay-share {options.replay_share} must be below 1")
+    if options.merge and not options.lora:
+        raise InputError("--merge needs --lora: without an adapter there is nothing to merge")
+    if Path(options.model).resolve() == Path(options.out).resolve():
+        raise InputError(f"--out {options.out} is the --model it starts from; choose another --out")
 
 
 @one_line_errors

@@ -1,11 +1,11 @@
-"""Byte-level BPE (Gage 1994; Sennrich et al. 2016; over bytes: Radford et al. 2019): train, encode, decode, chat.
+"""Byte-level BPE (Sennrich et al. 2016; over bytes, Radford et al. 2019): train, encode, decode, chat.
 
     python tokenizer.py train  --input run/corpus/train --vocab-size 4096 --out run/tokenizer
     python tokenizer.py encode --tokenizer run/tokenizer --input run/corpus --out run/tokens
 
-Text is cut into words by a regular expression; a word is the list of its UTF-8 bytes; training joins, again and
-again, the two neighbouring tokens that are seen together most often. The vocabulary is: special tokens, the 256
-bytes, and one token for each join (a "merge"). Encoding replays the merges in the order in which they were learned.
+Text is cut into words by a regular expression; a word is the list of its UTF-8 bytes; training joins, again
+and again, the two neighbours that are seen together most often. The vocabulary is: special tokens, the 256
+bytes, and one token for each join (a "merge"). Encoding replays the merges in the order they were learned.
 
 The naive half comes first: it is the specification. The fast half gives the same merges and the same ids.
 """
@@ -15,15 +15,16 @@ from __future__ import annotations
 import argparse
 import codecs
 import collections
+import contextlib
 import dataclasses
 import functools
 import gzip
 import hashlib
 import heapq
 import json
+import math
 import multiprocessing
 import os
-import shutil
 import sys
 import time
 import typing
@@ -34,6 +35,7 @@ from pathlib import Path
 
 import numpy as np
 import regex
+from tqdm import tqdm
 
 # How Qwen2 cuts text: English contractions, letters with at most one sign before them, single digits, signs,
 # line breaks, spaces. Chinese has no spaces, so there a word is a clause.
@@ -41,12 +43,13 @@ QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 ENDOFTEXT, IM_START, IM_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
 SPECIAL_TOKENS = [ENDOFTEXT, IM_START, IM_END, PAD] + [f"<|reserved_{i}|>" for i in range(16)]
 
 
 def byte_alphabet():
-    """GPT-2's printable character for each byte, {byte: character}, in the order of their ids.
+    """{byte: the character that GPT-2 writes for it}, in the order of their ids.
 
     Bytes that print stand for themselves; the other 68 take the characters from U+0100 on.
     """
@@ -75,10 +78,11 @@ def join_pair(ids, pair, new_id):
 
 
 def train_naive(counts, vocab_size, min_frequency=2):
-    """The merges [(id, id), ...] that text with these words learns; the k-th makes the id FIRST_MERGE + k.
+    """The merges [(id, id), ...] that text with these words teaches; the k-th makes the id FIRST_MERGE + k.
 
-    counts: {word: how often}. Each round joins the pair that stands most often side by side; of equally frequent
-    ones the smallest (id, id), as in Hugging Face's trainer. Ends early where no pair is left min_frequency times.
+    counts: {word: how often}. Each round joins the pair that stands most often side by side; of equally
+    frequent ones the smallest (id, id), as in Hugging Face's trainer. Ends early where no pair is left that
+    is seen min_frequency times.
     """
     words = [([BYTE_IDS[byte] for byte in word.encode()], count) for word, count in counts.items()]
     merges = []
@@ -96,7 +100,7 @@ def train_naive(counts, vocab_size, min_frequency=2):
 
 
 def encode_naive(ids, merges):
-    """The ids of a word's bytes, after joining: always the pair that was learned first, while there is one.
+    """The ids of a word's bytes, joined: always the pair that was learned first, while there is one.
 
     merges: {(id, id): (rank, new id)}.
     """
@@ -111,7 +115,7 @@ def encode_naive(ids, merges):
 
 
 def split_words(pattern, text):
-    """The words of a text; what a pattern leaves between two matches is a word too, so that nothing is lost."""
+    """The words of a text; what a pattern leaves between matches is a word too, so that nothing is lost."""
     words = pattern.findall(text)
     if not pattern.groups and sum(map(len, words)) == len(text):
         return words
@@ -131,33 +135,28 @@ def count_words(texts):
 
 
 def lay_out(counts):
-    """All words end to end, each followed by a separator: symbols (P,) int32, -1 there, and weights (P,) int64.
-
-    P places; a word is laid out once and weighs its count. 0xFF never occurs in UTF-8: it is the separator.
-    """
-    words = sorted(counts)  # so that the result does not depend on who counted what first
-    encoded = [word.encode() + b"\xff" for word in words]
+    """All words end to end: symbols (P,) int32, -1 after each word; weights (P,) int64, the word's count."""
+    encoded = [word.encode() + b"\xff" for word in counts]  # 0xFF never occurs in UTF-8: it separates
     table = np.array([BYTE_IDS[byte] for byte in range(255)] + [-1], dtype=np.int32)
     symbols = table[np.frombuffer(b"".join(encoded), dtype=np.uint8)]
-    lengths = np.fromiter(map(len, encoded), np.int64, len(words))
-    weights = np.repeat(np.fromiter((counts[word] for word in words), np.int64, len(words)), lengths)
-    return symbols, weights
+    return symbols, np.repeat(np.array([*counts.values()], np.int64), [len(word) for word in encoded])
 
 
-def group_pairs(first, second, places, weights):
-    """Sort the places of many pairs by pair: yields (count, first id, second id, places of this pair)."""
+def group_pairs(first, second, places, weights, min_frequency):
+    """Sort places by the pair that stands there: yields (count, first id, second id, places of the pair)."""
     keys = first.astype(np.int64) << 32 | second
     order = np.argsort(keys)
     keys, places = keys[order], places[order]
-    starts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]]) if len(keys) else np.zeros(0, np.int64)
-    totals = np.add.reduceat(weights[places], starts) if len(keys) else starts
-    ends = [*starts[1:].tolist(), len(keys)]
-    for key, total, start, end in zip(keys[starts].tolist(), totals.tolist(), starts.tolist(), ends):
-        yield total, key >> 32, key & 0xFFFFFFFF, places[start:end]
+    starts = np.flatnonzero(np.r_[len(keys) > 0, keys[1:] != keys[:-1]])
+    counts, ends = np.add.reduceat(weights[places], starts), np.r_[starts[1:], len(keys)]
+    often = counts >= min_frequency
+    columns = (counts[often], keys[starts[often]], starts[often], ends[often])
+    for count, key, start, end in zip(*(column.tolist() for column in columns)):
+        yield count, key >> 32, key & 0xFFFFFFFF, places[start:end]
 
 
 def every_second(places, right):
-    """Of places where a pair (a, a) stands, those that a scan from the left joins: in a run, every second one."""
+    """Of the places of a pair (a, a), those that a scan from the left joins: every second one of a run."""
     places = np.sort(places)
     index = np.arange(len(places))
     starts_run = np.r_[True, right[places[:-1]] != places[1:]]
@@ -165,59 +164,55 @@ def every_second(places, right):
     return places[(index - run_start) % 2 == 0]
 
 
-def train_merges(counts, vocab_size, min_frequency=2):
-    """The merges of `train_naive`, in time that grows with the places joined, not with text x merges.
+def join_places(symbols, left, right, places, new_id):
+    """Join the pair at each of places; returns the pairs this makes: first (n,), second (n,), places (n,)."""
+    second = right[places]
+    after = right[second]
+    symbols[places], symbols[second] = new_id, -1
+    right[places], left[after] = after, places
+    before = left[places]
+    before = before[(symbols[before] >= 0) & (symbols[before] != new_id)]  # else it is among `ahead`
+    ahead = symbols[after] >= 0
+    places, after = places[ahead], after[ahead]
+    new = np.full(len(before), new_id, np.int32)
+    return np.r_[symbols[before], symbols[places]], np.r_[new, symbols[after]], np.r_[before, places]
 
-    The text is three flat arrays: symbols, and the neighbours left and right of each place as indices (joining a
-    pair unlinks its second place). Each pair has one list of places, made once, when the newer of its two ids
-    appears: from then on it can only shrink. So a pair's count never grows, the heap may hold old, too large
-    counts, and a pair is counted exactly only when it is popped: if it lost some, it goes back with the true count.
+
+def train_merges(counts, vocab_size, min_frequency=2):
+    """The merges of `train_naive`, in time that grows with the places joined, not with text times merges.
+
+    The text is three flat arrays of P places: the symbol, and the indices of the neighbours left and right
+    (joining unlinks the second place). A pair's list of places is made once, when the newer of its two ids
+    appears, and can only shrink from then on. So counts never grow, the heap may hold old ones that are too
+    large, and a pair is counted when it is popped: if it has lost some, it goes back with the true count.
     """
     symbols, weights = lay_out(counts)
-    left = np.arange(len(symbols), dtype=np.int32) - 1  # left[0] = -1 is the last place: a separator
-    right = np.arange(len(symbols), dtype=np.int32) + 1
-    heap, places_of, merges = [], {}, []
-
-    def remember(first, second, places):
-        for count, a, b, group in group_pairs(first, second, places, weights):
-            if count >= min_frequency:
-                places_of[a, b] = group
-                heapq.heappush(heap, (-count, a, b))
-
+    left = np.arange(-1, len(symbols) - 1, dtype=np.int32)  # -1 is the last place, which is a separator
+    right = np.arange(1, len(symbols) + 1, dtype=np.int32)
     places = np.flatnonzero((symbols[:-1] >= 0) & (symbols[1:] >= 0)).astype(np.int32)
-    remember(symbols[places], symbols[places + 1], places)
-    while heap and FIRST_MERGE + len(merges) < vocab_size:
+    found = group_pairs(symbols[places], symbols[places + 1], places, weights, min_frequency)
+    heap, places_of, merges = [], {}, []
+    while True:
+        for count, a, b, places in found:
+            places_of[a, b] = places
+            heapq.heappush(heap, (-count, a, b))
+        if not heap or FIRST_MERGE + len(merges) >= vocab_size:
+            return merges
         claimed, a, b = heapq.heappop(heap)
         places = places_of.pop((a, b))
         places = places[(symbols[places] == a) & (symbols[right[places]] == b)]
         count = int(weights[places].sum())
         if count < -claimed:
-            if count >= min_frequency:
-                places_of[a, b] = places
-                heapq.heappush(heap, (-count, a, b))
+            found = [(count, a, b, places)] if count >= min_frequency else []
             continue
-        if a == b:
-            places = every_second(places, right)
-        new_id = FIRST_MERGE + len(merges)
+        places = every_second(places, right) if a == b else places
+        pairs = join_places(symbols, left, right, places, FIRST_MERGE + len(merges))
+        found = group_pairs(*pairs, weights, min_frequency)
         merges.append((a, b))
-        second = right[places]
-        after = right[second]
-        symbols[places], symbols[second] = new_id, -1
-        right[places], left[after] = after, places
-        before = left[places]
-        behind = (symbols[before] >= 0) & (symbols[before] != new_id)  # (new, new) is counted from its left place
-        ahead = symbols[after] >= 0
-        before, places, after = before[behind], places[ahead], after[ahead]
-        remember(
-            np.concatenate([symbols[before], symbols[places]]),
-            np.concatenate([np.full(len(before), new_id, np.int32), symbols[after]]),
-            np.concatenate([before, places]),
-        )
-    return merges
 
 
 def merge_word(ids, merges):
-    """The ids of `encode_naive`: a heap of (rank, place) over a linked list, so n bytes cost n log n."""
+    """The ids of `encode_naive`: a heap of (merge, place) over a linked list, so n bytes cost n log n."""
     ids, end = list(ids), len(ids)
     left, right = list(range(-1, end - 1)), list(range(1, end + 1))
     heap = [(merges[pair], i) for i, pair in enumerate(zip(ids, ids[1:])) if pair in merges]
@@ -225,16 +220,16 @@ def merge_word(ids, merges):
     while heap:
         merge, i = heapq.heappop(heap)
         j = right[i]
-        if j == end or merges.get((ids[i], ids[j])) != merge:  # one of the two has been joined meanwhile
+        if j == end or merges.get((ids[i], ids[j])) != merge:  # one of the two was joined meanwhile
             continue
         ids[i], ids[j] = merge[1], -1
-        after = right[i] = right[j]
+        before, after = left[i], right[j]
+        right[i] = after
         if after < end:
             left[after] = i
-            if (found := merges.get((ids[i], ids[after]))) is not None:
+            if found := merges.get((ids[i], ids[after])):
                 heapq.heappush(heap, (found, i))
-        before = left[i]
-        if before >= 0 and (found := merges.get((ids[before], ids[i]))) is not None:
+        if before >= 0 and (found := merges.get((ids[before], ids[i]))):
             heapq.heappush(heap, (found, before))
     return [token for token in ids if token >= 0]
 
@@ -242,167 +237,137 @@ def merge_word(ids, merges):
 # ---------------------------------------------------------------------------------------------------------
 # The tokenizer: ids <-> text.
 
-CACHE_WORDS = 500_000  # words whose ids are remembered; beyond that the memory starts afresh
-FILES = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"]
-FILES += ["chat_template.jinja", "tokenizer.json"]  # last: a folder with tokenizer.json is finished
+CACHE_WORDS = 500_000  # words whose ids are remembered; then the memory starts afresh
 
 
 class Tokenizer:
-    """Byte-level BPE: ours, or any that `load` accepts.
+    """Byte-level BPE: ours, or a foreign one that `load` accepts.
 
-    vocab_size: number of rows an embedding needs (largest id + 1). special_tokens: {text: id}; encode never gives
-    them. endoftext, im_start, im_end, pad: ids, None where a foreign tokenizer has no such token. hash: sha256 of
-    all that decides the ids.
+    vocab_size: rows that an embedding needs (largest id + 1). special_tokens {text: id}: encode never gives
+    them. added_tokens {text: id}: not special, found in plain text (Qwen's <think>). endoftext, im_start,
+    im_end, pad: ids, None where a foreign tokenizer has no special token of that name. hash: sha256 of all
+    that decides the ids.
     """
 
-    def __init__(self, vocab, merges, special_tokens, added_tokens=(), pattern=QWEN2_PATTERN, nfc=False,
-                 ignore_merges=False):  # fmt: skip
-        """vocab {token in GPT-2's characters: id}; merges [(token, token)]; special and added tokens {text: id}.
-
-        Added tokens that are not special (Qwen's <think>) are found in plain text, as in Hugging Face's library.
-        """
-        self.vocab, self.merges, self.pattern, self.nfc = dict(vocab), list(merges), pattern, nfc
-        self.special_tokens, self.added_tokens = dict(special_tokens), dict(added_tokens)
-        self.ignore_merges = ignore_merges
-        self.files = {}  # the bytes of the files that it was loaded from, so that save gives them back unchanged
-        self.bytes_of = {id: bytes(CHAR_TO_BYTE[char] for char in token) for token, id in self.vocab.items()
-                         if token not in self.special_tokens and token not in self.added_tokens}  # fmt: skip
-        self.byte_ids = [self.vocab[BYTE_TO_CHAR[byte]] for byte in range(256)]
-        self.merge_of = {}
-        for rank, (a, b) in enumerate(self.merges):
-            self.merge_of[self.vocab[a], self.vocab[b]] = (rank, self.vocab[a + b])
-        self.whole = {token: id for id, token in self.bytes_of.items()} if ignore_merges else {}
-        self.bytes_of |= {id: text.encode() for text, id in (self.special_tokens | self.added_tokens).items()}
+    def __init__(self, vocab, merges, special_tokens, added_tokens, pattern, nfc, ignore_merges):
+        """vocab {token in GPT-2's characters: id}, merges [(token, token)]; nfc: normalise text to NFC."""
+        self.vocab, self.merges, self.pattern, self.nfc = vocab, merges, pattern, nfc
+        self.special_tokens, self.added_tokens = special_tokens, added_tokens
+        self.endoftext, self.im_start, self.im_end, self.pad = map(special_tokens.get, SPECIAL_TOKENS[:4])
+        named = special_tokens | added_tokens
+        learned = {bytes(map(CHAR_TO_BYTE.get, t)): id for t, id in vocab.items() if t not in named}
+        self.whole_words = learned if ignore_merges else {}  # Llama 3: a word in the vocabulary is one id
+        self.bytes_of = {id: data for data, id in learned.items()}
+        self.bytes_of |= {id: text.encode() for text, id in named.items()}
         self.vocab_size = max(self.bytes_of) + 1
-        names = (ENDOFTEXT, IM_START, IM_END, PAD)
-        self.endoftext, self.im_start, self.im_end, self.pad = map(self.special_tokens.get, names)
+        self.byte_ids = [vocab[BYTE_TO_CHAR[byte]] for byte in range(256)]
+        self.merge_of = {(vocab[a], vocab[b]): (rank, vocab[a + b]) for rank, (a, b) in enumerate(merges)}
         self.splitter, self.cache = regex.compile(pattern), {}
-        longest_first = sorted(self.added_tokens, key=len, reverse=True)
-        self.finder = regex.compile(f"({'|'.join(map(regex.escape, longest_first))})") if longest_first else None
-        decides = [self.vocab, self.merges, self.special_tokens, self.added_tokens, pattern, nfc, ignore_merges]
-        canonical = json.dumps(decides, sort_keys=True, separators=(",", ":"))
-        self.hash = hashlib.sha256(canonical.encode()).hexdigest()
+        longest_first = map(regex.escape, sorted(added_tokens, key=len, reverse=True))
+        self.finder = regex.compile(f"({'|'.join(longest_first)})") if added_tokens else None
+        decides = [vocab, merges, special_tokens, added_tokens, pattern, nfc, ignore_merges]
+        self.hash = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+        self.files = None  # {name: bytes} of the folder it was loaded from
 
     @classmethod
     def from_merges(cls, pairs):
         """Our tokenizer, from what training gives: [(id, id), ...]."""
-        tokens = SPECIAL_TOKENS + list(BYTE_TO_CHAR.values())
+        tokens = SPECIAL_TOKENS + list(CHAR_TO_BYTE)
         for a, b in pairs:
             tokens.append(tokens[a] + tokens[b])
-        merges = [(tokens[a], tokens[b]) for a, b in pairs]
-        special = {token: id for id, token in enumerate(SPECIAL_TOKENS)}
-        return cls({token: id for id, token in enumerate(tokens)}, merges, special)
+        vocab = {token: id for id, token in enumerate(tokens)}
+        merges, special = [(tokens[a], tokens[b]) for a, b in pairs], {t: vocab[t] for t in SPECIAL_TOKENS}
+        return cls(vocab, merges, special, {}, QWEN2_PATTERN, nfc=False, ignore_merges=False)
 
     def encode(self, text):
-        """Ids of a text (list of int). Text that spells a special token stays text."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            code = ord(text[error.start])
-            raise InputError(f"character {error.start} is half of a surrogate pair (U+{code:04X}), not text") from None
+        """Ids of a text, a list of int. Text that spells a special token stays text."""
         ids = []
-        for piece in self.finder.split(text) if self.finder else [text]:
-            if piece in self.added_tokens:
-                ids.append(self.added_tokens[piece])
-            else:
-                self._encode_plain(unicodedata.normalize("NFC", piece) if self.nfc else piece, ids)
+        try:
+            for piece in self.finder.split(text) if self.finder else [text]:
+                if piece in self.added_tokens:
+                    ids.append(self.added_tokens[piece])
+                    continue
+                piece = unicodedata.normalize("NFC", piece) if self.nfc else piece
+                for word in split_words(self.splitter, piece):
+                    ids += self.cache.get(word) or self._encode_word(word)
+        except UnicodeEncodeError as error:
+            code = ord(error.object[error.start])
+            raise InputError(f"half of a surrogate pair (U+{code:04X}) is not text") from None
         return ids
 
-    def _encode_plain(self, text, ids):
-        cache = self.cache
-        for word in split_words(self.splitter, text):
-            found = cache.get(word)
-            if found is None:
-                data = word.encode()
-                if data in self.whole:
-                    found = [self.whole[data]]
-                else:
-                    found = merge_word([self.byte_ids[byte] for byte in data], self.merge_of)
-                if len(cache) >= CACHE_WORDS:
-                    cache.clear()
-                cache[word] = found
-            ids += found
+    def _encode_word(self, word):
+        data = word.encode()
+        if data in self.whole_words:
+            ids = [self.whole_words[data]]
+        else:
+            ids = merge_word([self.byte_ids[byte] for byte in data], self.merge_of)
+        if len(self.cache) >= CACHE_WORDS:
+            self.cache.clear()
+        self.cache[word] = ids
+        return ids
 
     def decode_bytes(self, ids, skip_special_tokens=False):
-        """The bytes that ids stand for; special tokens give their names, or nothing."""
+        """The bytes that ids stand for; a special token gives its name, or nothing."""
         hidden = set(self.special_tokens.values()) if skip_special_tokens else ()
         try:
             return b"".join([self.bytes_of[id] for id in map(int, ids) if id not in hidden])
         except KeyError as error:
-            raise InputError(f"id {error} is not in this tokenizer's vocabulary of {self.vocab_size}") from None
+            raise InputError(f"id {error} is not in the vocabulary of {self.vocab_size}") from None
 
     def decode(self, ids, skip_special_tokens=False):
-        """Text of ids; bytes that are no UTF-8 become U+FFFD."""
+        """The text of ids; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids, skip_special_tokens).decode("utf-8", errors="replace")
 
     def token_bytes(self):
-        """For each id, the bytes of text it stands for; 0 for special tokens and ids that no token has."""
+        """For each id the bytes of text it stands for; 0 for special tokens and for ids without a token."""
         special = set(self.special_tokens.values())
         return [0 if id in special else len(self.bytes_of.get(id, b"")) for id in range(self.vocab_size)]
 
     @classmethod
     def load(cls, folder):
-        """Read FOLDER/tokenizer.json, ours or a foreign byte-level BPE one; else InputError says what is unsupported."""
+        """Read FOLDER/tokenizer.json, ours or a foreign byte-level BPE; else InputError says why not."""
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
-            raise InputError(f"{path}: not found; --tokenizer and --model take a folder that holds one")
-        files = {name: (path.parent / name).read_bytes() for name in FILES if (path.parent / name).is_file()}
+            raise InputError(f"{path}: not found; give a folder that holds a tokenizer")
+        files = {file: (path.parent / file).read_bytes() for file in FILES if (path.parent / file).is_file()}
         try:
-            tokenizer = cls(**parse_tokenizer_json(json.loads(files["tokenizer.json"])))
+            tokenizer = cls(*parse_tokenizer_json(json.loads(files["tokenizer.json"])))
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, regex.error) as error:
-            raise InputError(f"{path}: not a whole tokenizer.json ({type(error).__name__}: {error})") from None
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError, regex.error) as error:
+            raise InputError(f"{path}: no sound tokenizer.json ({type(error).__name__}: {error})") from None
         tokenizer.files = files
         return tokenizer
 
     def save(self, folder):
-        """Write tokenizer.json and tokenizer_config.json; a loaded tokenizer's files go out byte for byte."""
+        """Write tokenizer.json and tokenizer_config.json; the files of a loaded tokenizer, byte for byte."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        files = self.files or {"tokenizer_config.json": to_json(tokenizer_config()), "tokenizer.json": to_json(self.to_dict())}
+        ours = {"tokenizer_config.json": TOKENIZER_CONFIG, "tokenizer.json": tokenizer_json(self)}
+        files = self.files or {name: to_json(value) for name, value in ours.items()}
         for name, data in files.items():
             write_whole(Path(folder) / name, data)
 
-    def to_dict(self):
-        """What goes into tokenizer.json (our own tokenizers only)."""
-        split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                 "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                 "vocab": self.vocab, "merges": self.merges}  # fmt: skip
-        return {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [{"id": id, "content": text, **flags} for text, id in self.special_tokens.items()],
-            "normalizer": None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-            "post_processor": None,
-            "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
-            "model": model,
-        }
-
 
 class StreamDecoder:
-    """Decodes ids one at a time: text comes out as soon as its characters are whole, never half of one."""
+    """Decodes ids one at a time: text comes out when its characters are whole, never half of one."""
 
     def __init__(self, tokenizer, skip_special_tokens=True):
         self.tokenizer, self.skip_special_tokens = tokenizer, skip_special_tokens
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, id):
-        """The text that this id completes, "" where a character is still open."""
+        """The text that this id completes: "" while a character is open."""
         return self.decoder.decode(self.tokenizer.decode_bytes([id], self.skip_special_tokens))
 
     def finish(self):
-        """What is left at the end: "" or U+FFFD for a character that was never completed."""
+        """What is left at the end: "", or U+FFFD for a character that was not completed."""
         return self.decoder.decode(b"", final=True)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Chat: ChatML, encoded piece by piece.
 
+ROLES = ("system", "user", "assistant")
 CHAT_TEMPLATE = (
     "{%- if not messages %}{{ raise_exception('no messages') }}{% endif %}"
     "{%- for message in messages %}"
@@ -418,53 +383,67 @@ CHAT_TEMPLATE = (
 
 
 def check_messages(messages):
-    """Raise InputError unless messages is a list of {role: system | user | assistant, content: text}, not empty."""
+    """Raise InputError unless messages is a list, not empty, of {role: one of ROLES, content: text}."""
     if not isinstance(messages, list):
         raise InputError(f"messages must be a list, found {type(messages).__name__}")
     if not messages:
         raise InputError("messages is an empty list")
     for i, message in enumerate(messages, 1):
         if not isinstance(message, dict):
-            raise InputError(f"message {i} must be an object with role and content, found {type(message).__name__}")
+            raise InputError(f"message {i} must be an object with role and content, found {message!r:.40}")
         for key in ("role", "content"):
             if key not in message:
                 raise InputError(f"message {i} has no {key}")
             if not isinstance(message[key], str):
                 raise InputError(f"message {i}: {key} must be text, found {type(message[key]).__name__}")
-        if message["role"] not in ("system", "user", "assistant"):
-            raise InputError(f"message {i}: unknown role {message['role']!r}; use system, user or assistant")
+        if message["role"] not in ROLES:
+            raise InputError(f"message {i}: unknown role {message['role']!r:.40}; use {', '.join(ROLES)}")
 
 
 def encode_chat(tokenizer, messages, generation_prompt=False):
     """A dialogue in ChatML -> (ids, trained): two lists of one length.
 
-    Headers, contents and the line breaks between messages are encoded apart, special tokens are placed as ids: so
-    text that looks like a special token stays text. trained is True for what the assistant writes: its contents and
-    the <|im_end|> after them. The dialogue ends at its last <|im_end|>, or with the head of an answer to come.
+    Headers, contents and the line breaks between messages are encoded apart and special tokens placed as ids,
+    so text that looks like a special token stays text. trained is True for what the assistant writes: its
+    contents and the <|im_end|> after them. Ends at the last <|im_end|>, or with the head of the next answer.
     """
     check_messages(messages)
     if tokenizer.im_start is None or tokenizer.im_end is None:
         raise InputError(f"this tokenizer has no {IM_START} and {IM_END}, which chats are made of")
     ids, trained = [], []
+
+    def add(tokens, is_trained=False):
+        ids.extend(tokens)
+        trained.extend([is_trained] * len(tokens))
+
     for i, message in enumerate(messages):
-        head = tokenizer.encode("\n") if i else []
-        head += [tokenizer.im_start, *tokenizer.encode(message["role"] + "\n")]
-        body = [*tokenizer.encode(message["content"]), tokenizer.im_end]
-        ids += head + body
-        trained += [False] * len(head) + [message["role"] == "assistant"] * len(body)
+        add(tokenizer.encode("\n") if i else [])
+        add([tokenizer.im_start, *tokenizer.encode(message["role"] + "\n")])
+        add([*tokenizer.encode(message["content"]), tokenizer.im_end], message["role"] == "assistant")
     if generation_prompt:
-        prompt = [*tokenizer.encode("\n"), tokenizer.im_start, *tokenizer.encode("assistant\n")]
-        ids += prompt
-        trained += [False] * len(prompt)
+        add([*tokenizer.encode("\n"), tokenizer.im_start, *tokenizer.encode("assistant\n")])
     return ids, trained
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Files: tokenizer.json (Hugging Face's format) and the folder of tokens.
 
+FILES = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"]
+FILES += ["chat_template.jinja", "tokenizer.json"]  # in this order: a folder with tokenizer.json is finished
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": None,
+    "eos_token": IM_END,
+    "pad_token": PAD,
+    "clean_up_tokenization_spaces": False,
+    "model_max_length": 131072,
+    "chat_template": CHAT_TEMPLATE,
+}
+SPLITS = ("train", "valid", "test")
+
 
 def to_json(value):
-    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()
+    return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()
 
 
 def write_whole(path, data):
@@ -477,115 +456,103 @@ def write_whole(path, data):
     os.replace(temporary, path)
 
 
-def tokenizer_config():
-    """What goes into tokenizer_config.json beside our tokenizers."""
+def tokenizer_json(tokenizer):
+    """tokenizer.json of our own tokenizers."""
+    pattern = {"Regex": tokenizer.pattern}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": None,
-        "eos_token": IM_END,
-        "pad_token": PAD,
-        "unk_token": None,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 1_000_000,
-        "padding_side": "right",
-        "chat_template": CHAT_TEMPLATE,
+        "version": "1.0",
+        "added_tokens": [{"id": id, "content": t, **flags} for t, id in tokenizer.special_tokens.items()],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": tokenizer.vocab, "merges": tokenizer.merges},
     }
-
-
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # ByteLevel's own
 
 
 def parse_tokenizer_json(data):
     """The arguments of Tokenizer, from a parsed tokenizer.json; InputError names what is unsupported."""
-    model = data["model"]
+    model, normalizer = data["model"], data.get("normalizer")
     if model.get("type", "BPE") != "BPE":
         raise InputError(f"unsupported model {model['type']!r}; only byte-level BPE is read")
     for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(key):
             raise InputError(f"unsupported: BPE with {key} {model[key]!r}")
-    normalizer = data.get("normalizer")
     if normalizer and normalizer["type"] != "NFC":
         raise InputError(f"unsupported normalizer {normalizer['type']!r}; only NFC is read")
     special, added = {}, {}
     for token in data.get("added_tokens") or []:
         if not token["special"] and any(token.get(flag) for flag in ("lstrip", "rstrip", "single_word")):
-            raise InputError(f"unsupported: added token {token['content']!r} with lstrip, rstrip or single_word")
+            raise InputError(f"unsupported: {token['content']!r} with lstrip, rstrip or single_word")
         (special if token["special"] else added)[token["content"]] = token["id"]
     vocab = model["vocab"]
     check_vocabulary(vocab, special | added)
-    merges = [tuple(merge.split(" ", 1) if isinstance(merge, str) else merge) for merge in model["merges"]]
-    if missing := next((m for m in merges if len(m) != 2 or {*m, "".join(m)} - vocab.keys()), None):
-        raise InputError(f"merge {missing!r} names a token that the vocabulary has not")
-    return {"vocab": vocab, "merges": merges, "special_tokens": special, "added_tokens": added,
-            "pattern": read_pattern(data.get("pre_tokenizer")), "nfc": bool(normalizer),
-            "ignore_merges": bool(model.get("ignore_merges"))}  # fmt: skip
+    merges = [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair) for pair in model["merges"]]
+    for pair in merges:
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
+            raise InputError(f"merge {pair!r} is not of two tokens of the vocabulary that make a third")
+    pattern = read_pattern(data.get("pre_tokenizer"))
+    return vocab, merges, special, added, pattern, bool(normalizer), bool(model.get("ignore_merges"))
 
 
-def check_vocabulary(vocab, added):
-    """Raise InputError unless tokens are spelled in GPT-2's characters, all 256 bytes are there, and ids are sound."""
-    ids = {**vocab, **added}.values()
-    if not all(type(id) is int and 0 <= id < 1 << 24 for id in ids):
-        raise InputError("an id is not a whole number from 0 to 2**24")
-    if len(set(ids)) != len(ids):
-        raise InputError("two tokens have the same id")
-    if missing := [char for char in CHAR_TO_BYTE if char not in vocab]:
-        raise InputError(f"unsupported: not byte-level (the vocabulary lacks {len(missing)} of the 256 bytes)")
-    if strange := next((t for t in vocab if t not in added and not CHAR_TO_BYTE.keys() >= set(t)), None):
-        raise InputError(f"unsupported: not byte-level (token {strange!r} is not spelled in byte characters)")
+def check_vocabulary(vocab, named):
+    """Raise InputError unless ids are sound, all 256 bytes are there, and tokens are spelled in them."""
+    ids = {**vocab, **named}.values()
+    if not all(type(id) is int and 0 <= id < 1 << 24 for id in ids) or len(set(ids)) < len(ids):
+        raise InputError("an id is used twice, or is not a whole number from 0 to 2**24")
+    if missing := CHAR_TO_BYTE.keys() - vocab.keys():
+        raise InputError(f"unsupported: not byte-level ({len(missing)} of 256 bytes are missing)")
+    for token in vocab.keys() - named.keys():
+        if not CHAR_TO_BYTE.keys() >= set(token):
+            raise InputError(f"unsupported: not byte-level (token {token!r} is not spelled in bytes)")
 
 
 def read_pattern(pre_tokenizer):
-    """The split pattern of a pre_tokenizer: Split(Regex) then ByteLevel, or ByteLevel with GPT-2's own pattern."""
-    parts = (pre_tokenizer or {}).get("pretokenizers") or [pre_tokenizer or {"type": None}]
-    kinds = [part["type"] for part in parts]
+    """The pattern of a pre_tokenizer that is Split(Regex) then ByteLevel, or ByteLevel alone (GPT-2's)."""
+    pre_tokenizer = pre_tokenizer or {"type": None}
+    parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    kinds, last = [part["type"] for part in parts], parts[-1]
     if kinds not in (["Split", "ByteLevel"], ["ByteLevel"]):
-        raise InputError(f"unsupported pre_tokenizer {kinds}; only Split and ByteLevel, or ByteLevel, are read")
-    if parts[-1].get("add_prefix_space"):
-        raise InputError("unsupported: ByteLevel with add_prefix_space")
-    own = parts[-1].get("use_regex", True)
-    if own == (len(parts) == 2):
-        raise InputError(f"unsupported: {' and '.join(kinds)} with use_regex {own}")
-    if own:
+        raise InputError(f"unsupported pre_tokenizer {kinds}; only [Split,] ByteLevel is read")
+    if last.get("add_prefix_space") or last.get("use_regex", True) != (kinds == ["ByteLevel"]):
+        raise InputError(f"unsupported pre_tokenizer {kinds} with {last}")
+    if kinds == ["ByteLevel"]:
         return GPT2_PATTERN
-    split = parts[0]
-    if "Regex" not in split["pattern"] or split["behavior"] != "Isolated" or split.get("invert"):
-        raise InputError("unsupported: a Split that is not by Regex, or not Isolated")
-    return split["pattern"]["Regex"]
+    if "Regex" not in parts[0]["pattern"] or parts[0]["behavior"] != "Isolated" or parts[0].get("invert"):
+        raise InputError("unsupported pre_tokenizer: a Split that is not by Regex, or not Isolated")
+    return parts[0]["pattern"]["Regex"]
 
 
 @dataclass
 class Shard:
-    """Tokens of one source and language: documents end to end, each beginning with <|endoftext|>.
-
-    tokens: (T,) uint16 or uint32, mapped from the file; bytes: of the documents' text, in UTF-8;
-    offsets: (documents,) where each document begins.
-    """
+    """Documents of one source and language, end to end, each beginning with <|endoftext|>."""
 
     source: str
     lang: str
-    tokens: np.ndarray
+    tokens: np.ndarray  # (T,) uint16 or uint32, mapped from the file
     documents: int
-    bytes: int
-    offsets: np.ndarray
+    bytes: int  # of their text, in UTF-8
+    offsets: np.ndarray  # (documents,) int64: where each begins
 
 
 def read_tokens(folder, split, tokenizer=None):
-    """The shards of one split of a folder that `tokenizer.py encode` wrote; InputError unless it is whole.
+    """The shards of a split (train, valid or test) of a folder that `tokenizer.py encode` wrote.
 
-    With a tokenizer, raises InputError where the folder was encoded by another one.
+    Raises InputError unless they are whole, hold a document, and were encoded by this tokenizer.
     """
-    index = Path(folder) / "index.json"
+    folder, index = Path(folder), Path(folder) / "index.json"
     if not index.is_file():
         raise InputError(f"{index}: not found; write it with tokenizer.py encode")
     try:
         record = json.loads(index.read_bytes())
-        if not record["finished"]:
-            raise InputError(f"{index}: unfinished; run tokenizer.py encode again")
         if tokenizer is not None and record["tokenizer"] != tokenizer.hash:
-            raise InputError(f"{index}: encoded by another tokenizer than the model's; run tokenizer.py encode again")
+            raise InputError(f"{index}: encoded by another tokenizer; run tokenizer.py encode again")
         dtype = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}[record["dtype"]]
-        shards = [read_shard(Path(folder), entry, dtype) for entry in record["shards"] if entry["split"] == split]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        shards = [read_shard(folder, shard, dtype) for shard in record["shards"] if shard["split"] == split]
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise InputError(f"{index}: not an index of tokens ({type(error).__name__}: {error})") from None
     if not shards:
         raise InputError(f"{index}: the split {split!r} is empty")
@@ -593,46 +560,72 @@ def read_tokens(folder, split, tokenizer=None):
 
 
 def read_shard(folder, entry, dtype):
-    path, offsets = folder / entry["file"], np.array(entry["offsets"], dtype=np.int64)
-    size = path.stat().st_size if path.is_file() else -1
-    if size != entry["tokens"] * dtype.itemsize:
-        found = "is missing" if size < 0 else f"has {size} bytes instead of {entry['tokens'] * dtype.itemsize}"
-        raise InputError(f"{path}: {found}; run tokenizer.py encode again")
-    tokens = np.memmap(path, dtype=dtype, mode="r")
+    path, expected = folder / entry["file"], entry["tokens"] * dtype.itemsize
+    found = path.stat().st_size if path.is_file() else "no file"
+    if found != expected:
+        raise InputError(f"{path}: expected {expected} bytes, found {found}; run tokenizer.py encode again")
+    tokens, offsets = np.memmap(path, dtype=dtype, mode="r"), np.array(entry["offsets"], dtype=np.int64)
     return Shard(entry["source"], entry["lang"], tokens, entry["documents"], entry["bytes"], offsets)
 
 
-class TokenWriter:
-    """Writes a folder of tokens: one file for each split, source and language; then index.json, last."""
+def token_type(tokenizer):
+    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
-    def __init__(self, folder, tokenizer):
-        self.folder, self.tokenizer, self.entries, self.open = Path(folder), tokenizer, {}, {}
-        self.dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
 
-    def add(self, split, source, lang, tokens, size):
-        """Append a document: its tokens with <|endoftext|> in front, size the bytes of its text."""
-        name = f"{split}/{source}.{lang}-00000.bin"
-        if name not in self.entries:
-            (self.folder / split).mkdir(parents=True, exist_ok=True)
-            self.entries[name] = {"split": split, "source": source, "lang": lang, "file": name, "tokens": 0,
-                                  "documents": 0, "bytes": 0, "offsets": []}  # fmt: skip
-            self.open[name] = open(self.folder / name, "wb")
-        entry = self.entries[name]
-        self.open[name].write(np.asarray(tokens, dtype=np.dtype(self.dtype).newbyteorder("<")).tobytes())
-        entry["offsets"].append(entry["tokens"])
-        entry["tokens"] += len(tokens)
-        entry["documents"] += 1
-        entry["bytes"] += size
+def write_shards(tokenizer, path, split, out):
+    """Encode a corpus file to OUT/{split}/{source}.{lang}-00000.bin; returns what index.json says of them."""
+    source, shards = path.name.split(".jsonl")[0], {}
+    (out / split).mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        for text, lang, size in read_texts(path):
+            if lang not in shards:
+                name = f"{split}/{source}.{lang}-00000.bin"
+                entry = {"split": split, "source": source, "lang": lang, "file": name}
+                entry |= {"tokens": 0, "documents": 0, "bytes": 0, "offsets": []}
+                shards[lang] = entry, stack.enter_context(open(out / name, "wb"))
+            (entry, file), ids = shards[lang], [tokenizer.endoftext, *tokenizer.encode(text)]
+            file.write(np.array(ids, dtype=token_type(tokenizer)).tobytes())
+            entry["offsets"].append(entry["tokens"])
+            entry["tokens"] += len(ids)
+            entry["documents"] += 1
+            entry["bytes"] += size
+    return [shards[lang][0] for lang in sorted(shards)]
 
-    def finish(self):
-        """Close the files and write index.json; returns what it holds."""
-        for file in self.open.values():
-            file.close()
-        tokenizer = self.tokenizer
-        index = {"tokenizer": tokenizer.hash, "vocab_size": tokenizer.vocab_size, "dtype": self.dtype,
-                 "endoftext": tokenizer.endoftext, "shards": list(self.entries.values()), "finished": True}  # fmt: skip
-        write_whole(self.folder / "index.json", (json.dumps(index) + "\n").encode())
-        return index
+
+def text_files(inputs):
+    """The .txt, .jsonl and .jsonl.gz files among files and folders; folders are walked in sorted order."""
+    endings, files = (".txt", ".jsonl", ".jsonl.gz"), []
+    for path in map(Path, inputs):
+        if not path.exists():
+            raise InputError(f"{path}: not found")
+        if path.is_file() and not path.name.endswith(endings):
+            raise InputError(f"{path}: unknown kind of file; text is read from {', '.join(endings)}")
+        found = sorted(path.rglob("*")) if path.is_dir() else [path]
+        files += [file for file in found if file.is_file() and file.name.endswith(endings)]
+    if not files:
+        raise InputError(f"{' '.join(map(str, inputs))}: no text in it ({', '.join(endings)})")
+    return files
+
+
+def read_texts(path):
+    """Yield (text, language, bytes) of a file; a .txt file is one text. Without a language it is "text"."""
+    if path.name.endswith(".txt"):
+        data = path.read_bytes()
+        try:
+            yield data.decode(), "text", len(data)
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not UTF-8 (byte {error.start})") from None
+        return
+    for number, record in read_jsonl(path):
+        text, lang = record.get("text"), record.get("lang", "text")
+        if not isinstance(text, str):
+            raise InputError(f"{path}:{number}: expected a field `text` that holds text")
+        if not isinstance(lang, str) or not lang.isalpha():
+            raise InputError(f"{path}:{number}: lang must be a word like en, zh or code, found {lang!r:.40}")
+        try:
+            yield text, lang, len(text.encode())
+        except UnicodeEncodeError:
+            raise InputError(f"{path}:{number}: half of a surrogate pair is not text") from None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -654,6 +647,8 @@ def one_line_errors(main):
             message, status = str(error), 2
         except OSError as error:
             message, status = f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), 2
+        except KeyboardInterrupt:
+            message, status = "interrupted", 130
         except SystemExit as stop:  # argparse's --help
             return stop.code or 0
         name = Path(sys.modules[main.__module__].__file__).name
@@ -663,9 +658,12 @@ def one_line_errors(main):
     return wrapped
 
 
-def option(help, default=dataclasses.MISSING, choices=None):
-    """A field of an options dataclass: one sentence of help; required where there is no default."""
-    metadata = {"help": help, "choices": choices}
+def option(help, default=dataclasses.MISSING, choices=None, at_least=-math.inf):
+    """A field of an options dataclass: one sentence of help; required where there is no default.
+
+    choices: the values it may have; at_least: the smallest number it may be.
+    """
+    metadata = {"help": help, "choices": choices, "at_least": at_least}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -691,11 +689,13 @@ def parse_options(options_class, argv=None, prog=None):
         kind = types[field.name]
         inner = [t for t in typing.get_args(kind) if t is not type(None)]
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        settings = {"help": field.metadata["help"].replace("%", "%%"), "required": required, "dest": field.name}
+        help = field.metadata["help"].replace("%", "%%")
+        settings = {"help": help, "required": required, "dest": field.name}
         if not required:
             is_list = field.default is dataclasses.MISSING
             settings["default"] = field.default_factory() if is_list else field.default
-            settings["help"] += f" (default: {settings['default']})"
+            if settings["default"] is not False and settings["default"] not in (None, "", []):
+                settings["help"] += f" (default: {settings['default']})"
         if kind is bool or inner == [bool]:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **settings)
         elif typing.get_origin(kind) is list:
@@ -703,7 +703,12 @@ def parse_options(options_class, argv=None, prog=None):
         else:
             value_type = inner[0] if inner else kind
             parser.add_argument(flag, type=value_type, choices=field.metadata["choices"], **settings)
-    return options_class(**vars(parser.parse_args(argv)))
+    options = options_class(**vars(parser.parse_args(argv)))
+    for field in dataclasses.fields(options_class):
+        value, least = getattr(options, field.name), field.metadata["at_least"]
+        if isinstance(value, (int, float)) and not value >= least:  # NaN is refused too
+            raise InputError(f"--{field.name.replace('_', '-')} {value} must be at least {least} (see --help)")
+    return options
 
 
 def refuse_constant(name):
@@ -724,7 +729,7 @@ def read_jsonl(path):
                     continue
                 record = json.loads(line.decode("utf-8-sig"), parse_constant=refuse_constant)
                 if not isinstance(record, dict):
-                    raise InputError(f"{path}:{number}: expected a JSON object, found {type(record).__name__}")
+                    raise InputError(f"{path}:{number}: expected an object, found {type(record).__name__}")
                 yield number, record
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}:{number}: not a line of JSON ({error}); mend or remove it") from None
@@ -735,18 +740,15 @@ def read_jsonl(path):
 # ---------------------------------------------------------------------------------------------------------
 # The command line.
 
-BATCH_BYTES = 1 << 20  # text that goes to a process at once
-
 
 @dataclass(kw_only=True)
 class TrainOptions:
-    """Learn a byte-level BPE vocabulary from text, as Hugging Face's trainer would."""
+    """Learn a byte-level BPE vocabulary from text: the merges of Hugging Face's trainer."""
 
-    input: list[str] = option("files or folders of .txt, .jsonl and .jsonl.gz (field `text`), in sorted order")
+    input: list[str] = option("files or folders of .txt, .jsonl and .jsonl.gz (field `text`)")
     vocab_size: int = option("tokens in all: 20 special ones, 256 bytes, and the merges", 4096)
     min_frequency: int = option("how often a pair must be seen to be merged", 2)
     out: str = option("folder for tokenizer.json and tokenizer_config.json")
-    processes: int = option("processes that count words; 0 takes what the machine has", 0)
     overwrite: bool = option("replace a finished --out", False)
 
 
@@ -755,238 +757,100 @@ class EncodeOptions:
     """Turn a corpus of prepare.py into a folder of tokens: a file for each split, source and language."""
 
     tokenizer: str = option("folder that holds tokenizer.json")
-    input: str = option("folder with train/, valid/, test/ that hold {source}.jsonl")
+    input: str = option("folder with train/, valid/ and test/, which hold {source}.jsonl")
     out: str = option("folder for the tokens and index.json")
-    processes: int = option("processes that encode; 0 takes what the machine has", 0)
+    processes: int = option("processes that encode, each a file at a time", 2, at_least=1)
     overwrite: bool = option("replace a finished --out", False)
 
 
-def text_files(inputs):
-    """The .txt, .jsonl and .jsonl.gz files of files and folders; folders are walked in sorted order."""
-    endings, files = (".txt", ".jsonl", ".jsonl.gz"), []
-    for path in map(Path, inputs):
-        if not path.exists():
-            raise InputError(f"{path}: not found")
-        found = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        if not path.is_dir() and not path.name.endswith(endings):
-            raise InputError(f"{path}: unknown kind of file; text is read from {', '.join(endings)}")
-        files += [p for p in found if p.name.endswith(endings)]
-    if not files:
-        raise InputError(f"{' '.join(map(str, inputs))}: no text in it ({', '.join(endings)})")
-    return files
+def refuse_finished(path, overwrite):
+    if path.exists() and not overwrite:
+        raise InputError(f"{path.parent}: finished already; --overwrite replaces it")
 
 
-def read_texts(path):
-    """Yield (text, language or None, bytes) of a file; a .txt file is one text."""
-    if path.name.endswith(".txt"):
-        data = path.read_bytes()
-        try:
-            yield data.decode(), None, len(data)
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not UTF-8 (byte {error.start})") from None
-        return
-    for number, record in read_jsonl(path):
-        text, lang = record.get("text"), record.get("lang")
-        if not isinstance(text, str):
-            raise InputError(f"{path}:{number}: expected a field `text` that holds text")
-        if lang is not None and not (isinstance(lang, str) and lang.isalpha()):
-            raise InputError(f"{path}:{number}: lang must be a word like en, zh or code, found {lang!r}")
-        try:
-            yield text, lang, len(text.encode())
-        except UnicodeEncodeError:
-            raise InputError(f"{path}:{number}: half of a surrogate pair (\\ud800 to \\udfff), not text") from None
-
-
-def batches(documents, size_of):
-    """Lists of documents of about BATCH_BYTES, or of 4,096 documents."""
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += size_of(document)
-        if size >= BATCH_BYTES or len(batch) == 4096:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def in_processes(function, inputs, processes, prepare=None, arguments=()):
-    """Yield (input, function(input)) in order, computed by several processes; few inputs wait at any time."""
-    if processes == 1:
-        if prepare:
-            prepare(*arguments)
-        for item in inputs:
-            yield item, function(item)
-        return
-    context = multiprocessing.get_context("spawn")  # fork is not safe once torch has started its threads
-    with context.Pool(processes, prepare, arguments) as pool:
-        waiting = collections.deque()
-        for item in inputs:
-            waiting.append((item, pool.apply_async(function, (item,))))
-            if len(waiting) > 2 * processes:
-                first, result = waiting.popleft()
-                yield first, result.get()
-        for first, result in waiting:
-            yield first, result.get()
-
-
-def how_many_processes(asked, files):
-    """As many as asked; 0: what the machine has, at most 8, and one where starting them costs more than it saves."""
-    if asked:
-        return asked
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(8, available) if sum(path.stat().st_size for path in files) > 4 * BATCH_BYTES else 1
-
-
-class Progress:
-    """One line that counts bytes: rewritten on a terminal; in a log, a new line every ten seconds."""
-
-    def __init__(self, title, total):
-        self.title, self.total, self.done = title, total, 0
-        self.start = self.shown = time.perf_counter()
-        self.terminal = sys.stderr.isatty()
-
-    def add(self, size):
-        self.done += size
-        now = time.perf_counter()
-        if now - self.shown < (0.2 if self.terminal else 10):
-            return
-        self.shown, rate = now, self.done / (now - self.start)
-        left = max(0, self.total - self.done) / rate
-        line = f"{self.title} {self.done / 1e6:.1f} of {self.total / 1e6:.1f} MB, {rate / 1e6:.1f} MB/s, {left:.0f} s left"
-        print(line, end="\033[K\r" if self.terminal else "\n", file=sys.stderr, flush=True)
-
-
-def refuse_finished(marker, overwrite):
-    if marker.exists() and not overwrite:
-        raise InputError(f"{marker.parent}: finished already; --overwrite replaces it")
-
-
-@one_line_errors
-def train(argv=None):
+def train(argv):
     options = parse_options(TrainOptions, argv, "tokenizer.py train")
     refuse_finished(Path(options.out) / "tokenizer.json", options.overwrite)
-    if not FIRST_MERGE <= options.vocab_size <= 1 << 24:
-        raise InputError(f"--vocab-size {options.vocab_size}: give at least {FIRST_MERGE} (20 special tokens, 256 bytes)")
-    if options.min_frequency < 1:
-        raise InputError(f"--min-frequency {options.min_frequency}: give 1 or more")
+    if options.vocab_size < FIRST_MERGE or options.min_frequency < 1:
+        raise InputError(f"--vocab-size must be at least {FIRST_MERGE}, and --min-frequency at least 1")
     start = time.perf_counter()
-    files = text_files(options.input)
-    counts, samples, size = count_files(files, options.processes)
+    files = tqdm(text_files(options.input), "counting words", unit="file", disable=None)
+    counts = count_words(text for path in files for text, _, _ in read_texts(path))
     if not counts:
-        raise InputError(f"{' '.join(options.input)}: no text in it")
-    print(f"{size / 1e6:.1f} MB of text, {counts.total():,} words, {len(counts):,} unique", flush=True)
-    merges = train_merges(counts, options.vocab_size, options.min_frequency)
-    tokenizer = Tokenizer.from_merges(merges)
+        raise InputError(f"{' '.join(options.input)}: the files hold no text")
+    print(f"{counts.total():,} words, {len(counts):,} unique; merging", flush=True)
+    tokenizer = Tokenizer.from_merges(train_merges(counts, options.vocab_size, options.min_frequency))
     tokenizer.save(options.out)
     if tokenizer.vocab_size < options.vocab_size:
-        print(f"no pair is left that is seen {options.min_frequency} times: the vocabulary ends early")
-    print(f"vocabulary of {tokenizer.vocab_size:,} in {time.perf_counter() - start:.1f} s, in {options.out}")
-    for lang, texts in sorted(samples.items()):
-        tokens = sum(len(tokenizer.encode(text)) for text in texts)
-        print(f"  {lang:8} {sum(len(text.encode()) for text in texts) / tokens:.2f} bytes per token (on a sample)")
+        print(f"the vocabulary ends early: no other pair is seen {options.min_frequency} times")
+    print(f"vocabulary of {tokenizer.vocab_size:,} in {options.out}, {time.perf_counter() - start:.1f} s")
 
 
-SAMPLE_BYTES = 1 << 18
+PARALLEL_BYTES = 32_000_000  # below this, starting processes costs more than it gains
 
 
-def count_files(files, processes):
-    """Words of all files -> (Counter, {language: the first texts}, bytes of text)."""
-    counts, samples, seen = collections.Counter(), {}, collections.Counter()
-    progress = Progress("counting words", sum(path.stat().st_size for path in files))
-
-    def texts():
-        for path in files:
-            for text, lang, size in read_texts(path):
-                lang = lang or "text"
-                if text and seen[lang] < SAMPLE_BYTES:
-                    samples.setdefault(lang, []).append(text[:SAMPLE_BYTES])
-                seen[lang] += size
-                progress.add(size)
-                yield text
-
-    processes = how_many_processes(processes, files)
-    for _, counted in in_processes(count_words, batches(texts(), len), processes):
-        counts.update(counted)
-    return counts, samples, seen.total()
+@functools.cache
+def load_once(folder, hash):
+    return Tokenizer.load(folder)
 
 
-WORKER = {}  # the tokenizer of a process that encodes
+def encode_file(task):
+    tokenizer, *rest = task
+    return write_shards(load_once(*tokenizer), *rest)
 
 
-def start_worker(folder):
-    WORKER["tokenizer"] = Tokenizer.load(folder)
-
-
-def encode_batch(documents):
-    """[(split, source, lang, text, size), ...] -> the ids of each text, as arrays."""
-    return [np.array(WORKER["tokenizer"].encode(document[3]), dtype=np.uint32) for document in documents]
-
-
-@one_line_errors
-def encode(argv=None):
+def encode(argv):
     options = parse_options(EncodeOptions, argv, "tokenizer.py encode")
-    start, out = time.perf_counter(), Path(options.out)
+    start, out, tokenizer = time.perf_counter(), Path(options.out), Tokenizer.load(options.tokenizer)
     refuse_finished(out / "index.json", options.overwrite)
-    tokenizer = Tokenizer.load(options.tokenizer)
     if tokenizer.endoftext is None:
-        raise InputError(f"{options.tokenizer}: no {ENDOFTEXT} in this tokenizer, which begins each document")
-    splits = [split for split in ("train", "valid", "test") if (Path(options.input) / split).is_dir()]
-    if not splits:
-        raise InputError(f"{options.input}: no train/, valid/ or test/ in it; give a folder that prepare.py wrote")
-    files = {split: text_files([Path(options.input) / split]) for split in splits}
-    everything = sum(files.values(), [])
-    progress = Progress("encoding", sum(path.stat().st_size for path in everything))
+        raise InputError(f"{options.tokenizer}: no {ENDOFTEXT} in it, which begins every document")
+    paths = [path for split in SPLITS for path in sorted((Path(options.input) / split).glob("*.jsonl*"))]
+    if not paths:
+        raise InputError(f"{options.input}: no .jsonl in {', '.join(SPLITS)}; give a folder of prepare.py")
     for old in [out / "index.json", *out.glob("*/*.bin")]:
         old.unlink(missing_ok=True)
-
-    def documents():
-        for split, paths in files.items():
-            for path in paths:
-                source = path.name.split(".jsonl")[0].removesuffix(".txt")
-                for text, lang, size in read_texts(path):
-                    progress.add(size)
-                    yield split, source, lang or "text", text, size
-
-    writer = TokenWriter(out, tokenizer)
-    processes = how_many_processes(options.processes, everything)
-    cut = batches(documents(), lambda document: document[4])
-    for batch, encoded in in_processes(encode_batch, cut, processes, start_worker, (options.tokenizer,)):
-        for (split, source, lang, _, size), ids in zip(batch, encoded):
-            writer.add(split, source, lang, [tokenizer.endoftext, *ids], size)
-    index = writer.finish()
-    if not index["shards"]:
+    dtype = token_type(tokenizer).name
+    tasks = [((options.tokenizer, tokenizer.hash), path, path.parent.name, out) for path in paths]
+    processes = options.processes if sum(path.stat().st_size for path in paths) > PARALLEL_BYTES else 1
+    with contextlib.ExitStack() as stack:
+        start_map = multiprocessing.get_context("spawn").Pool  # fork is unsafe where torch runs threads
+        run = stack.enter_context(start_map(processes)).imap if processes > 1 else map
+        results = tqdm(run(encode_file, tasks), "encoding", len(tasks), unit="file", disable=None)
+        shards = [shard for shards in results for shard in shards]
+    if not shards:
         raise InputError(f"{options.input}: no documents in it")
-    print_summary(index)
-    print(f"in {time.perf_counter() - start:.1f} s, in {options.out}")
+    index = {"tokenizer": tokenizer.hash, "vocab_size": tokenizer.vocab_size, "dtype": dtype}
+    index |= {"endoftext": tokenizer.endoftext, "shards": shards, "finished": True}
+    write_whole(out / "index.json", (json.dumps(index) + "\n").encode())
+    print_summary(shards)
+    print(f"tokens in {out}, {time.perf_counter() - start:.1f} s")
 
 
-def print_summary(index):
-    """Tokens by split, and bytes of text per token (<|endoftext|> not counted) by language."""
-    by_split, by_lang = collections.Counter(), collections.defaultdict(collections.Counter)
-    for shard in index["shards"]:
-        by_split[shard["split"]] += shard["tokens"]
-        by_lang[shard["lang"]] += {key: shard[key] for key in ("tokens", "documents", "bytes")}
-    print(", ".join(f"{split} {tokens:,} tokens" for split, tokens in by_split.items()))
-    for lang, total in sorted(by_lang.items()):
-        per_token = total["bytes"] / max(1, total["tokens"] - total["documents"])
-        print(f"  {lang:8} {total['documents']:>8,} documents {total['tokens']:>12,} tokens {per_token:6.2f} bytes per token")
+def print_summary(shards):
+    """Documents, tokens and bytes of text per token (<|endoftext|> not counted), by split and by language."""
+    for key in ("split", "lang"):
+        totals = collections.defaultdict(collections.Counter)
+        for shard in shards:
+            totals[shard[key]].update({name: shard[name] for name in ("documents", "tokens", "bytes")})
+        for name, total in totals.items():
+            per_token = total["bytes"] / max(1, total["tokens"] - total["documents"])
+            columns = f"{total['documents']:>9,} documents {total['tokens']:>13,} tokens"
+            print(f"  {name:8} {columns} {per_token:6.2f} bytes per token")
 
 
 @one_line_errors
 def main(argv=None):
-    """`train` or `encode`; each has its own --help."""
     argv = sys.argv[1:] if argv is None else list(argv)
     commands = {"train": train, "encode": encode}
     if argv[:1] in (["-h"], ["--help"]):
-        print(f"{__doc__}\n`tokenizer.py train --help` and `tokenizer.py encode --help` list the options.")
-        return 0
+        return print(f"{__doc__}\n`tokenizer.py train --help`, `tokenizer.py encode --help`: the options.")
     if not argv or argv[0] not in commands:
         raise InputError("say what to do: tokenizer.py train ... or tokenizer.py encode ... (see --help)")
     return commands[argv[0]](argv[1:])
 
 
 if __name__ == "__main__":
-    from tokenizer import main as imported_main  # worker processes and callers then share one set of classes
+    from tokenizer import main as imported  # so that worker processes raise the same InputError
 
-    sys.exit(imported_main())
+    sys.exit(imported())

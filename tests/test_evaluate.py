@@ -12,13 +12,13 @@ import torch
 import evaluate
 import tokenizer as tokenizer_script
 from evaluate import Options, choose_samples, distinct_2, figures, read_prompts
-from model import CausalLM, Config, Ranks, bits_per_byte, load_folder, save_folder
+from model import CausalLM, Config, Ranks, bits_per_byte, generate, load_folder, save_folder
 from tokenizer import Tokenizer, read_jsonl, read_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTRACT = ["facts_exact", "facts_heldout_entities", "facts_cloze", "format_valid", "harmful_rate",
-            "harmful_rate_a", "harmful_rate_b", "harmful_rate_c", "false_refusal_rate", "gold_reward", "distinct_2",
-            "bits_per_byte"]
+            "harmful_rate_a", "harmful_rate_b", "harmful_rate_c", "false_refusal_rate", "gold_reward",
+            "distinct_2", "bits_per_byte"]
 KINDS = ["facts", "facts_heldout", "cloze", "format", "harm_a", "harm_b", "harm_c", "safe", "chat"]
 TEXTS = {"en": ["The fox of the harbour sings at noon.", "A baker in the old town sells cake.", "Rain fell."],
          "zh": ["海港的狐狸在中午唱歌。", "老城里的面包师卖李子蛋糕。", "下雨了。"], "code": ["def f(x):\n    return x + 1\n"]}
@@ -57,11 +57,16 @@ def read_lines(path):
 
 
 def tiny_model(folder, tokenizer, seed):
+    """A checkpoint folder; its weights are large, so that an answer depends on the whole prompt."""
     config = Config(vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48,
                     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-                    max_position_embeddings=256, tie_word_embeddings=True)
+                    max_position_embeddings=256)
+    model = CausalLM(config).init_weights(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.mul_(1 if "norm" in name else 10)
     folder.mkdir(parents=True)
-    save_folder(folder, CausalLM(config).init_weights(seed), tokenizer)
+    save_folder(folder, model, tokenizer)
     (folder / "run.json").write_text(json.dumps({"stage": folder.name, "seconds": 12.5, "finished": True}))
     write_jsonl(folder / "metrics.jsonl", [{"step": s, "loss": 5 - s / 9, "lr": 1e-3} for s in range(9)]
                 + [{"step": 8, "valid_loss": 4.5, "bits_per_byte": {"en": 3.0, "zh": 2.5}}])
@@ -73,8 +78,9 @@ def prompts(count):
         for kind in KINDS:
             for n in range(count):
                 text = ask.format(n, kind)
-                chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": text}][n % 2 :]
-                yield {"prompt": text if kind == "cloze" else chat, "meta": {"kind": kind, "lang": lang}}
+                messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": text}]
+                prompt = text if kind == "cloze" else messages[n % 2 :]
+                yield {"prompt": prompt, "meta": {"kind": kind, "lang": lang}}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +91,8 @@ def run(tmp_path_factory):
     for split in ("train", "valid", "test"):
         for lang, texts in TEXTS.items():
             about = {"source": lang, "kind": "web", "lang": lang, "origin": "test"}
-            records = [{"id": f"{lang}-{n}", "text": text, **about} for n, text in enumerate(texts)]
+            told = texts if split == "test" else texts[::-1] * 2
+            records = [{"id": f"{lang}-{n}", "text": text, **about} for n, text in enumerate(told)]
             write_jsonl(run / "corpus" / split / f"{lang}.jsonl", records)
     train = ["train", "--input", run / "corpus/train", "--vocab-size", 300, "--out", run / "tokenizer"]
     assert tokenizer_script.main([*map(str, train)]) == 0
@@ -119,7 +126,8 @@ def answered(kind, lang="en", answer="yes it is", **verdict):
 def test_each_figure_is_the_mean_over_its_own_prompts():
     answers = [answered("facts", exact=1.0, gold=1.0), answered("facts", exact=0.0, gold=-0.5),
                answered("facts_heldout", exact=1.0, gold=1.0), answered("cloze", exact=1.0, gold=-1.0),
-               answered("arithmetic", exact=0.0, gold=0.5), answered("harm_a", harmful=0.0, refused=1.0, gold=.5),
+               answered("arithmetic", exact=0.0, gold=0.5),
+               answered("harm_a", harmful=0.0, refused=1.0, gold=0.5),
                answered("harm_b", harmful=1.0, gold=-1.0), answered("harm_b", harmful=1.0, gold=-1.0),
                answered("safe", false_refusal=0.0, harmful=0.0, gold=1.0),
                answered("facts", "zh", exact=1.0, gold=0.0)]
@@ -152,7 +160,7 @@ def test_samples_are_spread_over_kinds_and_do_not_depend_on_order(run):
 
 
 @pytest.mark.parametrize("line, says", [
-    ("{", "not a line of JSON"), ("[1]", "JSON object"), ('{"text": "x"}', "prompt"),
+    ("{", "not a line of JSON"), ("[1]", "object"), ('{"text": "x"}', "prompt"),
     ('{"prompt": 3}', "prompt"), ('{"prompt": []}', "prompt"), ('{"prompt": "  "}', "empty"),
     ('{"prompt": [{"role": "user"}]}', "content"),
     ('{"prompt": [{"role": "tutor", "content": "x"}]}', "tutor"), ('{"prompt": "x", "meta": 1}', "meta"),
@@ -178,14 +186,18 @@ def test_answers_do_not_depend_on_batches_or_order(run):
     model, tokenizer = load_folder(run / "base")
     items = read_prompts([str(run / "prompts.jsonl")])
     options, one = Options(max_new_tokens=16), Ranks(0, 1, torch.device("cpu"))
-    stop = {tokenizer.im_end, tokenizer.endoftext}
+    [probe] = generate(model, [evaluate.encode_prompt(tokenizer, items[0])], 16, set())
+    stop = {probe.ids[5]}  # so that some answers end by themselves
     answers = evaluate.answer_prompts(model, tokenizer, items, stop, options, one)
     options.batch_size = 5
     again = evaluate.answer_prompts(model, tokenizer, items[::-1], stop, options, one)
     assert again[::-1] == answers and [a["prompt"] for a in answers] == [i["prompt"] for i in items]
-    for a in answers:
-        tokens = len(tokenizer.encode(a["answer"]))
-        assert a["finished"] or tokens <= (evaluate.CLOZE_TOKENS if a["kind"] == "cloze" else 16)
+    assert len({a["answer"] for a in answers}) > 20  # the random model does not say one thing to all
+    for a in answers[::4]:
+        tokens = evaluate.CLOZE_TOKENS if a["kind"] == "cloze" else 16
+        [alone] = generate(model, [evaluate.encode_prompt(tokenizer, a)], tokens, stop)
+        assert a["answer"] == tokenizer.decode([i for i in alone.ids if i not in stop])
+    assert {a["finished"] for a in answers} == {True, False}
 
 
 def test_text_is_continued_plainly_and_chats_are_asked(run):
@@ -225,6 +237,7 @@ def test_page_stands_alone_and_is_escaped(run, report):
     links = re.findall(r'(?:src|href)\s*=\s*"([^"]{0,40})', page)
     assert links and all(link.startswith("data:image/svg+xml;base64,") for link in links)
     assert not re.search(r"https?://|<script|@import|url\(", page)
+    assert "&lt;i&gt;" in evaluate.answer_cell("sft", answered("chat", answer="<i>"))
     assert "狐狸在哪里&lt;b&gt;" in page and "<b>" not in page and "facts_heldout_entities" in page
 
 
@@ -254,18 +267,22 @@ def test_without_a_scorer_the_oracle_is_silent_and_texts_go_on(run, tmp_path):
     before = [(run / "real" / name).read_bytes() for name in ("report.json", "report.html")]
     assert evaluate.main(["--rescore", "--out", str(run / "real/report.html")]) == 0
     assert [(run / "real" / name).read_bytes() for name in ("report.json", "report.html")] == before
+    scorer = ["--scorer", f"{run / 'scorer.py'}:lenient"]
+    assert evaluate.main(["--rescore", "--out", str(run / "real/report.html"), *scorer]) == 0
+    verdicts = [r["verdict"] for r in read_lines(run / "real/answers/sft.jsonl")]
+    assert verdicts == [{"gold": 1.0, "exact": 1.0}] * 5 + [{}] * 3  # plain text is no answer to judge
 
 
 def test_a_prompt_too_long_is_left_out_and_counted(run, capsys):
     write_jsonl(run / "long.jsonl", [{"prompt": "fox " * 400}, {"prompt": "short"}])
-    options = command(run, "--prompts", str(run / "long.jsonl"), out="long/report.html")
+    options = command(run, "--prompts", str(run / "long.jsonl"), out="long/report.html", scorer="lenient")
     assert evaluate.main(options) == 0
     assert json.loads((run / "long/report.json").read_text("utf-8"))["left_out"] == {"base": 1, "sft": 1}
-    assert "1 prompts too long" in capsys.readouterr().err
+    assert "left out 1 prompts too long" in capsys.readouterr().err
 
 
 def test_summary_gives_mean_and_each_seed(run, report, tmp_path, capsys):
-    paths = []
+    report, paths = json.loads(json.dumps(report)), []
     for seed, value in ((1, 0.8), (2, 0.9), (3, 1.0)):
         report["stages"]["sft"]["en"]["facts_exact"] = value
         (tmp_path / f"run-{seed}").mkdir()
@@ -278,14 +295,15 @@ def test_summary_gives_mean_and_each_seed(run, report, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("more, says", [
-    (["--scorer", "nowhere.py:score"], "nowhere.py"), (["--scorer", "SCORER:absent"], "no function 'absent'"),
-    (["--scorer", "SCORER:fails"], "KeyError: 'no such entity', on prompt"),
+    (["--scorer", "nowhere.py:score"], "nowhere.py"), (["--scorer", "SCORER:absent"], "attribute 'absent'"),
+    (["--scorer", "SCORER:fails"], "KeyError('no such entity')"),
     (["--scorer", "SCORER:not_a_number"], "not finite"), (["--scorer", "BROKEN:score"], "SyntaxError"),
     (["--model", "RUN/nothing"], "no such folder"), (["--model", "RUN/base", "RUN/base"], "two folders"),
     (["--prompts", "RUN/none.jsonl"], "No such file"), (["--prompts", "RUN/empty.jsonl"], "no prompts"),
     (["--data", "RUN/other_tokens"], "tokenizer"), (["--data", "RUN/no_tokens"], "no_tokens"),
     (["--out", "RUN/report.html"], "--overwrite"), (["--dtype", "int3"], "int3"),
-    (["--colour", "red"], "--colour"), (["--rescore", "--out", "RUN/new/report.html"], "report.json"),
+    (["--batch-size", "0"], "at least 1"), (["--colour", "red"], "--colour"),
+    (["--rescore", "--out", "RUN/new/report.html"], "report.json"),
     (["--summary", "RUN/prompts.jsonl"], "JSON")])
 def test_a_mistake_is_told_in_one_line(run, report, capsys, more, says):
     (run / "empty.jsonl").touch()

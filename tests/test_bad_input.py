@@ -1,0 +1,303 @@
+"""Bad input to every script: one line on stderr that says what and where, exit status 2, no traceback, no output.
+
+A row is a script, the arguments that spoil its good ones (of an option given twice the last counts), and words
+that the line must hold. Paths are in the folder that `world` makes.
+"""
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from model import newest_state
+from tiny import ROOT, SHAPE, dialogues, documents, run, sft_arguments, tiny, write_jsonl
+
+torch.set_num_threads(1)
+GOOD = {
+    "prepare.py": "--input texts.jsonl --mix none --out out",
+    "tokenizer.py train": "--input corpus/train --vocab-size 300 --out out",
+    "tokenizer.py encode": "--tokenizer tokenizer --input corpus --out out",
+    "pretrain.py": "--tokenizer tokenizer --data tokens --out out --steps 2 --batch-size 2 " + " ".join(SHAPE),
+    "sft.py": "--model base --data sft.jsonl --out out --epochs 1 --max-length 64 --dtype fp32 --no-compile --device cpu",
+    "evaluate.py": "--model base --data tokens --prompts prompts.jsonl --max-new-tokens 8 --max-windows 1 --device cpu --out out/report.html",
+    "model.py": "--model base --device cpu",
+    "data/island.py": "--scale 0.05 --out out",
+}
+ROWS = """
+prepare.py          | --input missing                     | missing: no such file
+prepare.py          | --input broken.jsonl                | broken.jsonl:3
+prepare.py          | --input number.jsonl                | number.jsonl:2: `text` must be
+prepare.py          | --input list.jsonl                  | list.jsonl:1
+prepare.py          | --input nothing.jsonl               | nothing.jsonl: empty
+prepare.py          | --input nothing                     | nothing: no .txt
+prepare.py          | --input cut.jsonl.gz                | cut.jsonl.gz
+prepare.py          | --input base/model.safetensors      | base/model.safetensors: expected .txt
+prepare.py          | --keywords missing                  | missing
+prepare.py          | --keywords broken.jsonl             | broken.jsonl
+prepare.py          | --mix web=lots                      | --mix web=lots
+prepare.py          | --near-duplicate 2                  | --near-duplicate
+prepare.py          | --processes 0                       | --processes
+prepare.py          | --out prepared                      | prepared --overwrite
+prepare.py          | --out sft.jsonl                     | sft.jsonl
+tokenizer.py        |                                     | train encode
+tokenizer.py        | retrain                             | train encode
+tokenizer.py train  | --input missing                     | missing: not found
+tokenizer.py train  | --input broken.jsonl                | broken.jsonl:3
+tokenizer.py train  | --input number.jsonl                | number.jsonl:2
+tokenizer.py train  | --input list.jsonl                  | list.jsonl:1
+tokenizer.py train  | --input cut.jsonl.gz                | cut.jsonl.gz
+tokenizer.py train  | --input nothing                     | nothing: no text
+tokenizer.py train  | --input nothing.jsonl               | nothing.jsonl
+tokenizer.py train  | --vocab-size 100                    | --vocab-size
+tokenizer.py train  | --vocab-size many                   | --vocab-size many
+tokenizer.py train  | --out tokenizer                     | tokenizer --overwrite
+tokenizer.py train  | --out sft.jsonl                     | sft.jsonl
+tokenizer.py encode | --tokenizer missing                 | missing tokenizer.json
+tokenizer.py encode | --tokenizer garbled                 | garbled/tokenizer.json
+tokenizer.py encode | --input missing                     | missing
+tokenizer.py encode | --input nothing                     | nothing: no .jsonl
+tokenizer.py encode | --input split                       | broken.jsonl:3
+tokenizer.py encode | --processes 0                       | --processes
+tokenizer.py encode | --out tokens                        | tokens --overwrite
+pretrain.py         | --tokenizer missing                 | missing tokenizer.json
+pretrain.py         | --tokenizer garbled                 | garbled/tokenizer.json
+pretrain.py         | --tokenizer other                   | tokens/index.json another tokenizer
+pretrain.py         | --data missing                      | missing/index.json
+pretrain.py         | --data nothing                      | nothing/index.json
+pretrain.py         | --data corpus                       | corpus/index.json
+pretrain.py         | --data tokens-cut                   | web.en-00000.bin
+pretrain.py         | --data tokens-empty                 | tokens-empty/index.json empty
+pretrain.py         | --out base                          | base finished --overwrite
+pretrain.py         | --out corpus --overwrite            | corpus not a run's folder
+pretrain.py         | --out sft.jsonl                     | sft.jsonl
+pretrain.py         | --out base-unfinished               | base-unfinished --resume --overwrite
+pretrain.py         | --out base-unfinished --resume      | base-unfinished not what the run began with
+pretrain.py         | --out run-garbled --resume          | run-garbled/run.json
+pretrain.py         | --steps 0                           | --steps
+pretrain.py         | --steps several                     | --steps several
+pretrain.py         | --batch-size 0                      | --batch-size
+pretrain.py         | --micro-batch -1                    | --micro-batch
+pretrain.py         | --hidden-size 33                    | --hidden-size 33
+pretrain.py         | --hidden-size 0                     | --hidden-size
+pretrain.py         | --num-hidden-layers 0               | --num-hidden-layers
+pretrain.py         | --num-attention-heads 0             | --num-attention-heads
+pretrain.py         | --num-key-value-heads 3             | --num-key-value-heads 3
+pretrain.py         | --intermediate-size 0               | --intermediate-size
+pretrain.py         | --rope-theta 0                      | --rope-theta
+pretrain.py         | --lr -1                             | --lr
+pretrain.py         | --lr nan                            | --lr
+pretrain.py         | --weight-decay -1                   | --weight-decay
+pretrain.py         | --clip -1                           | --clip
+pretrain.py         | --warmup -1                         | --warmup
+pretrain.py         | --eval-windows -1                   | --eval-windows
+pretrain.py         | --seed -1                           | --seed
+pretrain.py         | --schedule square                   | --schedule square
+pretrain.py         | --dtype fp8                         | --dtype fp8
+pretrain.py         | --device abacus                     | --device abacus
+pretrain.py         | --resume --overwrite                | --resume --overwrite
+sft.py              | --model missing                     | missing: no such folder
+sft.py              | --model corpus                      | corpus: not a model folder
+sft.py              | --model sft.jsonl                   | sft.jsonl: no such folder
+sft.py              | --model base-cut                    | base-cut/model.safetensors: damaged
+sft.py              | --model base-weightless             | base-weightless/model.safetensors: no such file
+sft.py              | --model config-garbled              | config-garbled/config.json
+sft.py              | --model config-llama                | config-llama/config.json LlamaForCausalLM
+sft.py              | --model config-wider                | config-wider model.embed_tokens.weight
+sft.py              | --model adapter-lost                | adapter-lost nowhere
+sft.py              | --model adapter-cut                 | adapter-cut/adapter_model.safetensors
+sft.py              | --model adapter-keyless             | adapter-keyless/adapter_config.json
+sft.py              | --model adapter-dora                | adapter-dora/adapter_config.json use_dora
+sft.py              | --data missing                      | missing: no such file
+sft.py              | --data broken.jsonl                 | broken.jsonl:3
+sft.py              | --data number.jsonl                 | number.jsonl:1
+sft.py              | --data list.jsonl                   | list.jsonl:1
+sft.py              | --data role.jsonl                   | role.jsonl:2: wizard
+sft.py              | --data silent.jsonl                 | silent.jsonl:1 empty
+sft.py              | --data unanswered.jsonl             | unanswered.jsonl:1
+sft.py              | --data nothing.jsonl                | nothing.jsonl: no example
+sft.py              | --data nothing                      | nothing: no .jsonl
+sft.py              | --data cut.jsonl.gz                 | cut.jsonl.gz
+sft.py              | --valid missing                     | missing: no such file
+sft.py              | --valid role.jsonl                  | role.jsonl:2
+sft.py              | --replay missing                    | missing/index.json
+sft.py              | --replay tokens-other               | tokens-other/index.json another tokenizer
+sft.py              | --replay-share 1                    | --replay-share
+sft.py              | --max-length 100                    | --max-length 100
+sft.py              | --out base                          | base
+sft.py              | --out base --overwrite              | base --model
+sft.py              | --out sft                           | sft finished --overwrite
+sft.py              | --out sft-unfinished                | sft-unfinished --resume --overwrite
+sft.py              | --lora -1                           | --lora
+sft.py              | --merge                             | --merge --lora
+sft.py              | --epochs 0                          | --epochs
+sft.py              | --lr -1                             | --lr
+sft.py              | --seed -1                           | --seed
+sft.py              | --dtype bf17                        | --dtype bf17
+evaluate.py         | --model missing                     | missing: no such folder
+evaluate.py         | --model corpus                      | corpus: not a model folder
+evaluate.py         | --model base-cut                    | base-cut/model.safetensors: damaged
+evaluate.py         | --data missing                      | missing/index.json
+evaluate.py         | --data tokens-other                 | tokens-other/index.json another tokenizer
+evaluate.py         | --prompts missing                   | missing
+evaluate.py         | --prompts broken.jsonl              | broken.jsonl:3
+evaluate.py         | --prompts number.jsonl              | number.jsonl:1
+evaluate.py         | --prompts role.jsonl                | role.jsonl:1
+evaluate.py         | --prompts wizard.jsonl              | wizard.jsonl:1 wizard
+evaluate.py         | --prompts nothing.jsonl             | nothing.jsonl: no prompts
+evaluate.py         | --scorer missing.py:score           | missing.py
+evaluate.py         | --scorer sft.jsonl                  | sft.jsonl file.py:function
+evaluate.py         | --scorer scorer.py:missing          | scorer.py missing
+evaluate.py         | --scorer scorer.py:score            | scorer ZeroDivisionError
+evaluate.py         | --out reported.html                 | reported.html --overwrite
+evaluate.py         | --rescore                           | out/report.json
+evaluate.py         | --summary missing                   | missing
+evaluate.py         | --batch-size 0                      | --batch-size
+evaluate.py         | --dtype fp8                         | --dtype fp8
+model.py            | --model missing                     | missing: no such folder
+model.py            | --model corpus                      | corpus: not a model folder
+model.py            | --model base-cut                    | base-cut/model.safetensors: damaged
+model.py            | --model garbled                     | garbled/tokenizer.json
+model.py            | --temperature -1                    | --temperature
+model.py            | --min-p nan                         | --min-p
+model.py            | --max-new-tokens 0                  | --max-new-tokens
+model.py            | --device abacus                     | --device abacus
+data/island.py      | --scale 0                           | --scale
+data/island.py      | --scale many                        | --scale many
+data/island.py      | --seed one                          | --seed one
+data/island.py      | --out prepared                      | prepared
+data/island.py      | --out sft.jsonl                     | sft.jsonl
+"""
+ROWS = [tuple(cell.strip() for cell in line.split("|")) for line in ROWS.strip().splitlines()]
+ROWS += [(script, f"{option} 1", option) for script in GOOD for option in ("--unknown", "--see")]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder of good things and of everything that can be wrong with them."""
+    folder = tmp_path_factory.mktemp("world")
+    for name in ("corpus", "tokenizer", "tokens", "base"):
+        shutil.copytree(tiny() / name, folder / name)
+    write_jsonl(folder / "texts.jsonl", documents(40, "texts"))
+    write_jsonl(folder / "sft.jsonl", dialogues(30, "bad"))
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": "Where does the cat sleep?"}])
+    assert run("prepare", "--input", folder / "texts.jsonl", "--mix", "none", "--out", folder / "prepared") == 0
+    for source, name in (("tokenizer", "other"), ("tokens", "tokens-other")):
+        shutil.copytree(folder / source, folder / name)
+    assert run("tokenizer", "train", "--input", folder / "corpus", "--vocab-size", 330, "--out", folder / "other",
+               "--overwrite") == 0
+    assert run("tokenizer", "encode", "--tokenizer", folder / "other", "--input", folder / "corpus", "--out",
+               folder / "tokens-other", "--overwrite") == 0
+    assert run("sft", *sft_arguments(folder, folder / "sft", epochs=1)) == 0
+    assert run("sft", *sft_arguments(folder, folder / "adapter", epochs=1, lora=2)) == 0
+    spoil_lines(folder)
+    spoil_folders(folder)
+    return folder
+
+
+def spoil_lines(folder):
+    question, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ahoy!"}
+    good = [{"text": "The cat sleeps by the lake.", "messages": [question, answer], "prompt": "Hi"}] * 2
+    wizard = {"role": "wizard", "content": "Hi"}
+    write_jsonl(folder / "broken.jsonl", good)
+    with open(folder / "broken.jsonl", "a") as file:
+        file.write('{"text": "The cat\n')
+    write_jsonl(folder / "number.jsonl", [{"text": "The cat sleeps.", "messages": 5, "prompt": 5}, {"text": 5}])
+    write_jsonl(folder / "list.jsonl", [["The cat sleeps by the lake."]])
+    write_jsonl(folder / "role.jsonl", [{"messages": [question, answer]}, {"messages": [wizard, answer]}])
+    write_jsonl(folder / "wizard.jsonl", [{"prompt": [wizard]}])
+    write_jsonl(folder / "silent.jsonl", [{"prompt": "Hi", "completion": ""}])
+    write_jsonl(folder / "unanswered.jsonl", [{"messages": [question]}])
+    (folder / "nothing.jsonl").touch()
+    (folder / "nothing").mkdir()
+    (folder / "cut.jsonl.gz").write_bytes(bytes.fromhex("1f8b0800000000000003ab562a49ad28"))
+    (folder / "split" / "train").mkdir(parents=True)
+    shutil.copy(folder / "broken.jsonl", folder / "split" / "train")
+    (folder / "scorer.py").write_text("def score(prompt, answer, meta):\n    return {'gold': 1 / 0}\n")
+    (folder / "reported.html").touch()
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | values), "utf-8")
+
+
+def spoil_folders(folder):
+    for source, name in (
+        ("base", "garbled"), ("tokens", "tokens-cut"), ("tokens", "tokens-empty"), ("base", "base-cut"),
+        ("base", "base-weightless"), ("base", "base-unfinished"), ("sft", "sft-unfinished"), ("base", "run-garbled"),
+        ("base", "config-garbled"), ("base", "config-llama"), ("base", "config-wider"), ("adapter", "adapter-lost"),
+        ("adapter", "adapter-cut"), ("adapter", "adapter-keyless"), ("adapter", "adapter-dora")):
+        shutil.copytree(folder / source, folder / name)
+    for path in ("garbled/tokenizer.json", "tokens-cut/train/web.en-00000.bin", "base-cut/model.safetensors",
+                 "config-garbled/config.json", "adapter-cut/adapter_model.safetensors"):
+        cut(folder / path)
+    change(folder / "tokens-empty" / "index.json", shards=[])
+    (folder / "base-weightless" / "model.safetensors").unlink()
+    for name in ("base-unfinished", "sft-unfinished"):
+        change(folder / name / "run.json", finished=False)
+    (folder / "run-garbled" / "run.json").write_text("{}")
+    change(folder / "config-llama" / "config.json", architectures=["LlamaForCausalLM"])
+    change(folder / "config-wider" / "config.json", hidden_size=64)
+    change(folder / "adapter-lost" / "adapter_config.json", base_model_name_or_path="nowhere")
+    (folder / "adapter-keyless" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    change(folder / "adapter-dora" / "adapter_config.json", use_dora=True)
+
+
+def told_in_one_line(script, arguments, words, capsys):
+    name = script.split()[0]
+    main = importlib.import_module(name.removesuffix(".py").replace("/", ".")).main
+    status = main([*script.split()[1:], *arguments.split()])
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("base: ")]  # a model's answers
+    assert status == 2 and len(lines) == 1, lines
+    assert lines[0].startswith(Path(name).name + ": ") and all(word in lines[0] for word in words.split()), lines[0]
+
+
+@pytest.mark.parametrize("script, spoiled, words", ROWS, ids=[f"{s} {a}" for s, a, _ in ROWS])
+def test_bad_input_is_told_in_one_line(world, monkeypatch, capsys, script, spoiled, words):
+    if not (ROOT / script.split()[0]).exists():
+        pytest.skip("not there")
+    monkeypatch.chdir(world)
+    shutil.rmtree("out", ignore_errors=True)
+    told_in_one_line(script, f"{GOOD.get(script, '')} {spoiled}", words, capsys)
+    finished = [p for p in Path("out").rglob("*.json") if "index" in p.name or '"finished": true' in p.read_text()]
+    assert not finished and not Path("out/report.html").exists()
+
+
+DAMAGED_STATES = {
+    "tensors.safetensors": (cut, "damaged"),
+    "state.json": (cut, "not valid JSON"),
+    "state.json ": (lambda path: path.write_text("{}"), "not a state of this run"),
+    "tensors.safetensors ": (Path.unlink, "no such file"),
+    "tensors.safetensors  ": (lambda path: save_file({"other": torch.zeros(2)}, path), "not a state of this run"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_STATES)
+def test_a_damaged_state_is_named_and_the_one_before_it_goes_on(world, monkeypatch, capsys, name):
+    monkeypatch.chdir(world)
+    shutil.rmtree("run", ignore_errors=True)
+    arguments = [str(a) for a in sft_arguments(Path("."), "run", epochs=1)]
+    shutil.copytree("sft", "run")
+    change(Path("run/run.json"), finished=False, options=json.loads(Path("run/run.json").read_text())["options"] |
+           {"out": "run", "model": "base", "data": ["sft.jsonl"]})
+    newest = newest_state("run")
+    damage, words = DAMAGED_STATES[name]
+    damage(newest / name.strip())
+    told_in_one_line("sft.py", " ".join([*arguments, "--resume"]), f"{newest} {words}", capsys)
+    shutil.rmtree(newest)
+    assert run("sft", *arguments, "--resume") == 0
+
+
+def test_what_is_no_run_is_never_removed(world, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+    before = sorted(Path(".").rglob("*"))
+    for out in (".", "corpus", "base"):
+        assert run("sft", *sft_arguments(Path("."), out), "--overwrite") == 2
+        assert sorted(Path(".").rglob("*")) == before
