@@ -56,11 +56,11 @@ class Options:
     out: str | None = option("the page to write; report.json and answers/ lie beside it", None)
     rescore: bool = option("make the report at --out again from its answers, with no model", False)
     summary: list[str] = option("report.json files of several seeds: tell mean and values in Markdown", [])
-    max_new_tokens: int = option("tokens an answer may have", 64)
-    max_length: int = option("tokens in a window, for bits per byte", 256)
-    max_windows: int | None = option("windows a shard, for bits per byte; all where not given", None)
-    batch_size: int = option("prompts answered at a time", 128)
-    limit: int | None = option("prompts of each kind and language; all where not given", None)
+    max_new_tokens: int = option("tokens an answer may have", 64, at_least=1)
+    max_length: int = option("tokens in a window, for bits per byte", 256, at_least=1)
+    max_windows: int | None = option("windows a shard, for bits per byte; else all", None, at_least=1)
+    batch_size: int = option("prompts answered at a time", 128, at_least=1)
+    limit: int | None = option("prompts of each kind and language; else all", None, at_least=1)
     samples: int = option("prompts of each language that the page shows with every stage's answer", 20)
     device: str = option("cpu, cuda, mps, or auto", "auto")
     dtype: str = option("of the weights; fp32 keeps greedy answers alike everywhere", "fp32", list(DTYPES))
@@ -337,7 +337,6 @@ td:first-child, th:first-child { text-align: left; padding-left: 0 } td small, .
 .answers { display: grid; overflow-x: auto }
 .answer { border-top: 3px solid #e4e7eb } .good { border-color: #3f8f5f } .bad { border-color: #c4513f }
 """
-COLORS = ("#3b6ea5", "#d0743c", "#4f9a6b")
 
 
 def page(report, answers):
@@ -406,7 +405,7 @@ def plot(figure, place, title, lines, mark="-"):
     axis.spines[["left", "bottom"]].set_color("#c5cad1")
     axis.tick_params(labelsize=8, colors="#6b7480")
     axis.grid(axis="y", color="#eceef1", linewidth=0.8)
-    for color, (name, points) in zip(COLORS, lines.items()):
+    for color, (name, points) in zip(("#3b6ea5", "#d0743c", "#4f9a6b"), lines.items()):
         size = max(1, len(points) // 100)
         pieces = [points[i : i + size] for i in range(0, len(points), size)]
         steps, values = [piece[-1][0] for piece in pieces], [mean(v for _, v in piece) for piece in pieces]
@@ -481,8 +480,11 @@ def samples_section(report, answers):
 
 
 def answer_cell(stage, a):
-    gold, notes = a["verdict"].get("gold", 0), [f"{key} {value:g}" for key, value in a["verdict"].items()]
-    notes += ["prompt continued as text"] * (a["kind"] == "continuation") + ["cut off"] * (not a["finished"])
+    """An answer under its stage, what is true of it in the verdict, and the reward."""
+    gold, plain = a["verdict"].get("gold", 0), a["kind"] in PLAIN
+    notes = [key.replace("_", " ") for key, value in a["verdict"].items() if value == 1 and key != "gold"]
+    notes += [f"reward {gold:+g}"] * ("gold" in a["verdict"]) + ["continued as text"] * plain
+    notes += ["cut off"] * (not a["finished"] and not plain)
     mood = "good" if gold > 0 else "bad" if gold < 0 else ""
     return (f'<div class="answer {mood}"><div class="tag">{html.escape(" · ".join([stage, *notes]))}</div>'
             f'{html.escape(a["answer"])}</div>')
@@ -562,8 +564,7 @@ def summary(paths):
     reports = {Path(path).resolve().parent.name: read_json(Path(path)) for path in paths}
     if not all("stages" in report for report in reports.values()) or len(reports) < len(paths):
         raise InputError(f"--summary {' '.join(paths)}: expected report.json files in different folders")
-    lines = [f"| stage | | figure | mean | {' | '.join(reports)} |"]
-    lines.append("|---|---|---|---:" + "|---:" * len(paths) + "|")
+    lines = [f"| stage | | figure | mean | {' | '.join(reports)} |", "|---" * (4 + len(paths)) + "|"]
     for stage in dict.fromkeys(stage for report in reports.values() for stage in report["stages"]):
         for lang in LANGUAGES:
             for name in FIGURES:
@@ -590,8 +591,6 @@ def main(argv=None):
         return rescore(options, out)
     if not options.model or not (options.prompts or options.data):
         raise InputError("nothing to measure: give --model folders, and --prompts or --data or both")
-    if min(options.max_new_tokens, options.max_length, options.batch_size) < 1:
-        raise InputError("--max-new-tokens, --max-length and --batch-size are at least 1")
     with process_group(options.device) as ranks:
         return evaluate(options, out, ranks)
 

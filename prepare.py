@@ -1,9 +1,8 @@
 """Raw text -> a clean, deduplicated, mixed and split corpus.
 
-A document's way: `decode` bytes, `repair_mojibake`, `normalise` Unicode, find the language, `strip_html`,
-`noise` and `keyword_verdict` say what to drop, `mask_personal`; then, with all documents at hand,
-`find_duplicates` (exact by hash, near by MinHash and LSH), `mix` by kind, `split` by hash. Every drop is in
-dropped.jsonl with its reason, every change in changed.jsonl with its counts, all is summed up in report.json.
+Of each document: `decode` bytes, `repair_mojibake`, `normalise`, `strip_html`, `detect_language`, `noise` and
+`keyword_verdict` say what to drop, `mask_personal`. Of all of them: `find_duplicates` (exact by hash, near by
+MinHash and LSH), `mix` by kind, `split` by hash. dropped.jsonl holds every drop and its reason.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import html
 import itertools
 import json
 import multiprocessing
-import os
 import shutil
 import sys
 import time
@@ -41,7 +39,7 @@ class Options:
     """Clean raw text (.txt, .jsonl, .jsonl.gz, folders), remove duplicates, mix the kinds, split 90/5/5."""
 
     input: list[str] = option("files (.txt is one document, .jsonl has `text`) or folders, in sorted order")
-    out: str = option("corpus folder to write: train/ valid/ test/ report.json dropped.jsonl changed.jsonl")
+    out: str = option("corpus folder to write: train/ valid/ test/ report.json dropped.jsonl")
     mix: list[str] = option("shares of the bytes; `none` keeps all", ["web=75", "papers=15", "code=10"])
     near_duplicate: float = option("Jaccard similarity that makes two documents one; 1 turns it off", 0.8)
     seed: int = option("which documents of an over-represented kind stay", 1)
@@ -52,17 +50,18 @@ class Options:
 
 @functools.cache
 def lists() -> dict:
-    """The words and patterns that cleaning goes by, compiled from data/cleaning.toml; phrases by (reason, lang)."""
+    """The words and patterns that cleaning goes by, compiled from data/cleaning.toml."""
     try:
         read = tomllib.loads(LISTS.read_text(encoding="utf-8"))
         names = {name: pattern.replace("\n", "") for name, pattern in read["names"].items()}
         fill = functools.partial(regex.sub, r"\{([a-z]+_[a-z]+)\}", lambda match: names[match[1]])
-        phrases = {(reason, lang): [regex.compile("|".join(map(fill, read[reason][lang][part]))) for part in ("phrases", "words")]
-                   for reason in read["points"] for lang in ("en", "zh")}
-        personal = {name: regex.compile(p, regex.X | regex.A | regex.I) for name, p in read["personal"].items()}
+        compiled = {(reason, lang, part): regex.compile("|".join(map(fill, read[reason][lang][part])))
+                    for reason in read["points"] for lang in ("en", "zh") for part in ("phrases", "words")}
+        flags = regex.X | regex.A | regex.I
+        personal = {name: regex.compile(pattern, flags) for name, pattern in read["personal"].items()}
         words = {name: set(text.split()) for name, text in read["words"].items()}
-        return words | {"points": read["points"], "phrases": phrases, "personal": personal,
-                        "code_line": regex.compile(read["code"]["line"], regex.X | regex.M)}
+        code_line = regex.compile(read["code"]["line"], regex.X | regex.M)
+        return words | compiled | {"points": read["points"], "personal": personal, "code_line": code_line}
     except (OSError, LookupError, TypeError, AttributeError, ValueError, regex.error) as error:
         raise InputError(f"{LISTS}: not the lists that prepare.py needs ({error!r})") from None
 
@@ -73,10 +72,8 @@ HAN = regex.compile(r"\p{Han}")
 
 
 def decode(data: bytes) -> tuple[str, int]:
-    """Bytes -> (text, number of places that could not be read, each now U+FFFD).
-
-    UTF-8; else GB18030 where all of it fits and is mostly Chinese; else UTF-8 with the bad bytes replaced.
-    """
+    """Bytes -> (text, number of places that could not be read, each now U+FFFD). UTF-8; else GB18030 where
+    all of it fits and is mostly Chinese; else UTF-8 with the bad bytes replaced."""
     try:
         return data.decode("utf-8"), 0
     except UnicodeDecodeError:
@@ -87,18 +84,16 @@ def decode(data: bytes) -> tuple[str, int]:
         return text, text.count("\ufffd")
 
 
-# Mojibake: UTF-8 read as Windows-1252 (a byte a character; BYTES turns those outside Latin-1 back), or as GBK.
+# Mojibake: UTF-8 read as GBK, or as Windows-1252, whose characters outside Latin-1 BYTES turns back to bytes.
 BYTES = {ord(c): b for b in range(0x80, 0xA0) if (c := bytes([b]).decode("cp1252", "replace")) != "\ufffd"}
 HAN_BYTES, HIGH_BYTES = regex.compile(rb"[\xe2-\xef][\x80-\xbf]{2}"), regex.compile(rb"[\x80-\xff]")
 DAMAGE = regex.compile("\ufffd|锟斤拷?|斤拷|\xe2\u20ac.?|[\xc2\xc3][\x80-\xbf]|[\xe3-\xe9][\x80-\xbf]{1,2}")
 
 
 def repair_mojibake(text: str) -> tuple[str, int, int]:
-    """Text -> (text, lines repaired, characters that stay broken).
-
-    A line that was misread without loss is read again in the right encoding; what was lost is not guessed at.
-    Comes before `normalise`, which takes away the control characters that misread bytes have become.
-    """
+    """Text -> (text, lines repaired, characters that stay broken). A line that was misread without loss is
+    read again in the right encoding; what was lost is not guessed at. Comes before `normalise`, which takes
+    away the control characters that misread bytes have become."""
     lines, repaired, damaged = text.split("\n"), 0, 0
     for i, line in enumerate(lines):
         if (wide := sum(c > "\x7f" for c in line)) < 3:
@@ -118,16 +113,14 @@ def repair_mojibake(text: str) -> tuple[str, int, int]:
 
 LINE_END = regex.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
 SPACE = regex.compile(r"[\p{Zs}--[ ]]", regex.V1)
-INVISIBLE = regex.compile(r"[\p{C}--[\n\t\u200c\u200d]]", regex.V1)  # control, zero width, private use
+INVISIBLE = regex.compile(r"[\p{C}--[\p{Cs}\n\t\u200c\u200d]]", regex.V1)  # control, zero width, private use
 JOINER = regex.compile("[\u200c\u200d]+(?![\u2600-\u27bf\U0001f000-\U0001faff])")  # before emoji it matters
 HALF_WIDTH = {c + 0xFEE0: chr(c) for c in range(0x21, 0x7F) if chr(c).isalnum()}
 
 
 def normalise(text: str) -> str:
-    """One spelling for one text: NFC, one line end, one space, nothing invisible. Idempotent.
-
-    Full-width letters and digits become ASCII; Chinese punctuation stays (NFKC would make ，a comma).
-    """
+    """One spelling for one text: NFC, one line end, one space, nothing invisible. Idempotent. Full-width
+    letters and digits become ASCII; Chinese punctuation stays (NFKC would make ，a comma)."""
     text = LINE_END.sub("\n", text)
     if not (text.isascii() and text.replace("\n", "").isprintable()):
         text = JOINER.sub("", INVISIBLE.sub("", SPACE.sub(" ", text)))
@@ -144,11 +137,10 @@ LATIN, OTHER = regex.compile(r"\p{Latin}"), regex.compile(r"[\p{L}--\p{Han}--\p{
 
 def detect_language(text: str) -> str:
     """'code' where a fifth of the lines outside Markdown fences read so; else 'zh', 'en', 'other' by script.
-
-    Latin script is English unless its small words say otherwise.
-    """
+    Latin script is English unless its small words say otherwise."""
     text = FENCED.sub("", text) or text
-    if len(lists()["code_line"].findall(text)) >= max(2, 0.2 * sum(1 for line in text.split("\n") if line.strip())):
+    lines = [line for line in text.split("\n") if line.strip()]
+    if len(lists()["code_line"].findall(text)) >= max(2, 0.2 * len(lines)):
         return "code"
     han, latin, other = (len(pattern.findall(text)) for pattern in (HAN, LATIN, OTHER))
     if other > 0.3 * (han + latin + other):
@@ -166,11 +158,9 @@ ENTITY = regex.compile(r"&(?:#\d{1,7}|#x[0-9a-f]{1,6}|[a-z][a-z0-9]{1,30});", re
 
 
 def strip_html(text: str) -> tuple[str, int]:
-    """Text -> (text without tags, comments, scripts, styles, entities; how many of them there were).
-
-    A tag is one of HTML's, or of a name that this text also closes (XML): `Vec<T>` and `<unk>` stay, and so
-    does all that stands in Markdown code. One pass over the tags: linear in the length, whatever the input.
-    """
+    """Text -> (text without tags, comments, scripts, styles, entities; how many of them there were). A tag is
+    one of HTML's, or of a name that this text also closes (XML): `Vec<T>` and `<unk>` stay, and so does all
+    that stands in Markdown code. One pass over the tags: linear in the length, whatever the input."""
     blocks, inline = lists()["html_blocks"], lists()["html_inline"]
     names = blocks | inline | {"!", "td", "th"} | set(regex.findall(r"</([a-z][\w:-]*)", text.lower()))
     parts, at, count, unclosed = [], 0, 0, set()
@@ -202,8 +192,7 @@ def noise(text: str, lang: str) -> tuple[str, str] | None:
     dense, (shortest, most_symbols, apart) = "".join(text.split()), LIMITS[lang]
     if len(dense) < shortest:
         return "too_short", f"{len(dense)} characters"
-    symbols = sum(not c.isalnum() for c in dense)
-    if symbols > most_symbols * len(dense):
+    if (symbols := sum(not c.isalnum() for c in dense)) > most_symbols * len(dense):
         return "symbols", f"{symbols} of {len(dense)} characters are neither letters nor digits"
     links = URL.findall(text)
     linked = sum(map(len, links))
@@ -214,20 +203,17 @@ def noise(text: str, lang: str) -> tuple[str, str] | None:
     if lang != "code" and (len(lines) >= 4 and 2 * repeated > sum(map(len, lines)) or RUN.search(text)):
         return "repetition", "most of its lines, or one letter, again and again"
     size, packed = len(text.encode()), len(zlib.compress(text.encode(), 1))
-    return ("repetition", f"packs from {size} bytes to {packed}") if size > 200 and packed < 0.1 * size else None
+    return ("repetition", f"packs to {packed} of {size} bytes") if size > 200 and packed < 0.1 * size else None
 
 
 def keyword_verdict(text: str, lang: str) -> tuple[str, str] | None:
-    """('spam' | 'hate' | 'danger', detail) when key phrases are many and dense in the text; else None.
-
-    A phrase gives 3 points each time, a word 1 point once: a text that only names things is let through.
-    """
+    """('spam' | 'hate' | 'danger', detail) when key phrases are many and dense in the text; else None. Phrases
+    give 3 points each time, words 1 point once: a text that only names things is let through."""
     lower = text.lower()
     hundreds = max(0.4, len(lower) / (170 if lang == "zh" else 600))  # of words; at least 40
     for reason, least in lists()["points"].items() if lang != "code" else ():
-        phrases, words = lists()["phrases"][reason, lang]
-        said = [match[0] for match in phrases.finditer(lower)]
-        named = sorted(set(words.findall(lower))) if 3 * len(said) + 12 >= least * hundreds else []
+        said = [match[0] for match in lists()[reason, lang, "phrases"].finditer(lower)]
+        named = sorted(set(lists()[reason, lang, "words"].findall(lower)))
         points = 3 * len(said) + len(named)
         if points >= max(4, least * hundreds):
             return reason, f"{points} points in {100 * hundreds:.0f} words: {'; '.join((said + named)[:5])}"
@@ -238,7 +224,7 @@ def keyword_verdict(text: str, lang: str) -> tuple[str, str] | None:
 
 
 def is_card(number: str) -> bool:
-    """Luhn's check of card numbers (ISO/IEC 7812-1): each second digit from the right doubled, sum ends in 0."""
+    """Luhn's check of card numbers (ISO/IEC 7812-1): every second digit from the right doubled, ends in 0."""
     digits = [int(d) for d in reversed(number) if d.isdigit()]
     total = sum(digits[::2]) + sum(sum(divmod(2 * d, 10)) for d in digits[1::2])
     return 13 <= len(digits) <= 19 and len(set(digits)) > 2 and total % 10 == 0
@@ -251,10 +237,8 @@ def is_chinese_id(number: str) -> bool:
 
 
 def mask_personal(text: str, lang: str) -> tuple[str, Counter]:
-    """Text -> (text with [EMAIL], [PHONE], ... in place of personal data, how many of each sort).
-
-    In code only e-mail addresses are masked: long numbers there are seldom anybody's.
-    """
+    """Text -> (text with [EMAIL], [PHONE], ... in place of personal data, how many of each sort). In code only
+    e-mail addresses are masked: long numbers there are seldom anybody's."""
     counts = Counter()
     for name, pattern in lists()["personal"].items():
         check = {"card": is_card, "id": is_chinese_id}.get(name, bool)
@@ -266,25 +250,20 @@ def mask_personal(text: str, lang: str) -> tuple[str, Counter]:
     return text, counts
 
 
-# ---- Duplicates --------------------------------------------------------------------------------------------
+# ---- All documents together: duplicates, mixing, splitting ------------------------------------------------
 
 TEXT_TOKEN, CODE_TOKEN = regex.compile(r"[^\W_]+|[+*/=<>×÷%-]"), regex.compile(r"\w+|[^\w\s]")
 HASHES, SHINGLE = 120, 5
-MULTIPLY, ADD = np.random.RandomState(1).randint(2**64, size=(2, HASHES), dtype=np.uint64)  # (P,) each
+MULTIPLY, ADD = np.random.RandomState(1).randint(2**63, size=(2, HASHES), dtype=np.uint64) * 2 + 1  # (P,)
 
 
 def tokens(text: str, lang: str) -> list[str]:
-    """What texts are compared by: words and signs. Case and punctuation count in code only, spacing nowhere."""
+    """What texts are compared by: words and signs. Case and punctuation count in code only."""
     return CODE_TOKEN.findall(text) if lang == "code" else TEXT_TOKEN.findall(text.casefold())
 
 
-def fingerprint(pieces: list[str]) -> int:
-    """128-bit hash of a text's tokens: equal for exact duplicates; it also chooses the split."""
-    return int.from_bytes(hashlib.blake2b("\0".join(pieces).encode(), digest_size=16).digest(), "big")
-
-
 def shingles(pieces: list[str], lang: str) -> np.ndarray:
-    """Distinct hashes (S,) uint64 of the runs of five words; in Chinese, without spaces, of five characters."""
+    """Distinct hashes (S,) uint64 of runs of five words; in Chinese, of five characters."""
     units, space = ("".join(pieces), "") if lang == "zh" else (pieces, " ")
     runs = (space.join(units[i:i + SHINGLE]) for i in range(max(1, len(units) - SHINGLE + 1)))
     return np.array(sorted({zlib.crc32(run.encode()) for run in runs}), dtype=np.uint64)
@@ -292,46 +271,38 @@ def shingles(pieces: list[str], lang: str) -> np.ndarray:
 
 def minhash(runs: np.ndarray) -> np.ndarray:
     """Signature (P,) uint32: the least value of the set (S,) under each of P hash functions (Broder 1997).
-
-    Two signatures agree at a place with a probability equal to the sets' Jaccard similarity.
-    """
+    Two signatures agree at a place with a probability equal to the sets' Jaccard similarity."""
     least = np.full(HASHES, 2**32 - 1, dtype=np.uint64)
     for start in range(0, len(runs), 1024):
-        hashed = (runs[start:start + 1024, None] * (MULTIPLY | np.uint64(1)) + ADD) >> np.uint64(32)  # (<= 1024, P)
+        hashed = (runs[start:start + 1024, None] * MULTIPLY + ADD) >> np.uint64(32)  # (<= 1024, P)
         np.minimum(least, hashed.min(axis=0), out=least)
     return least.astype(np.uint32)
 
 
-def find_duplicates(documents: list, threshold: float, load_shingles) -> dict:
-    """Documents in reading order -> {position: (reason, detail)} of those that repeat an earlier one that stays.
-
-    Exact: the same fingerprint. Near: of one language, some band of the signature equal (LSH, Indyk and Motwani
-    1998), and a true Jaccard similarity of the shingles, `load_shingles(position)`, at or above the threshold.
-    """
+def find_duplicates(documents: list, threshold: float, load_shingles):
+    """Marks, in reading order, the documents that repeat an earlier one that stays. Exact: the same key. Near:
+    of one language, some band of the signature equal (LSH, Indyk and Motwani 1998), and a true Jaccard
+    similarity of the shingles, `load_shingles(document)`, at or above the threshold."""
     fits = [r for r in range(1, 61) if HASHES % r == 0 and 1 - (1 - threshold**r) ** (HASHES // r) >= 0.99]
-    rows, first, buckets, drops = max(fits, default=1), {}, defaultdict(list), {}  # rows to a band
-    for i, document in enumerate(documents):
-        if first.setdefault(document.key, i) != i:
-            drops[i] = "exact_duplicate", f"of {documents[first[document.key]].id}"
+    rows, first, buckets = max(fits, default=1), {}, defaultdict(list)  # rows to a band: 99 % meet
+    for document in documents:
+        if first.setdefault(document.key, document) is not document:
+            document.verdict = "exact_duplicate", f"of {first[document.key].id}"
             continue
         if document.signature is None:
             continue
         bands = [(document.lang, b, document.signature[b:b + rows].tobytes()) for b in range(0, HASHES, rows)]
-        for j in dict.fromkeys(j for band in bands for j in buckets[band]):
-            if np.mean(documents[j].signature == document.signature) < threshold - 0.15:  # 4 deviations
+        for other in {other.id: other for band in bands for other in buckets[band]}.values():
+            if np.mean(other.signature == document.signature) < threshold - 0.15:  # 4 standard deviations
                 continue
-            a, b = load_shingles(j), load_shingles(i)
+            a, b = load_shingles(other), load_shingles(document)
             common = len(np.intersect1d(a, b, assume_unique=True))
             if (similarity := common / (len(a) + len(b) - common)) >= threshold:
-                drops[i] = "near_duplicate", f"of {documents[j].id}, Jaccard {similarity:.2f}"
+                document.verdict = "near_duplicate", f"of {other.id}, Jaccard {similarity:.2f}"
                 break
         else:
             for band in bands:
-                buckets[band].append(i)
-    return drops
-
-
-# ---- Mixing and splitting ----------------------------------------------------------------------------------
+                buckets[band].append(document)
 
 
 def parse_mix(words: list[str]) -> dict:
@@ -346,11 +317,9 @@ def parse_mix(words: list[str]) -> dict:
 
 
 def mix(documents: list, shares: dict, seed: int) -> list[str]:
-    """Marks what is over-represented as dropped; returns notices. The kinds get these shares of the UTF-8 bytes.
-
-    The scarcest kind stays whole, the others are thinned; which documents go is a hash of seed and text. Bytes,
-    as they follow the tokens of both languages: a Chinese character says as much as three letters.
-    """
+    """Marks what is over-represented; returns notices. The kinds get these shares of the UTF-8 bytes (they
+    follow the tokens of both languages: a Chinese character says as much as three letters). The scarcest kind
+    stays whole, the others are thinned; which documents go is a hash of seed and text."""
     have, taken = Counter(), Counter()
     for document in documents:
         have[document.kind] += document.bytes
@@ -364,17 +333,15 @@ def mix(documents: list, shares: dict, seed: int) -> list[str]:
             taken[document.kind] += document.bytes
         else:
             document.verdict = "mix", f"{document.kind} is over-represented"
-    notices = [f"mix: no {kind} in the input" for kind, share in shares.items() if share and kind not in wanted]
+    notices = [f"mix: no {kind} in the input" for kind in shares if shares[kind] and kind not in wanted]
     if 2 * taken.total() < have.total():
         notices.append(f"mix: over half of the text goes, because {scarce} is scarce; --mix none keeps all")
     return notices
 
 
 def split(documents: list):
-    """90 / 5 / 5 by each text's own fingerprint: order, reruns and the other documents do not matter.
-
-    Only where so few leave valid or test empty, the train document whose fingerprint is nearest goes there.
-    """
+    """90 / 5 / 5 by each text's own hash: order, reruns and the other documents do not matter. Only where so
+    few leave valid or test empty, the train document with the nearest hash goes there."""
     for document in documents:
         place = (document.key >> 64) / 2**64
         document.split = "train" if place < 0.9 else "valid" if place < 0.95 else "test"
@@ -387,7 +354,7 @@ def split(documents: list):
 # ---- A document's way --------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class Document:
     """A document on its way; `verdict` is (reason, detail) once it is dropped, ('', '') while it stays."""
 
@@ -401,7 +368,7 @@ class Document:
     id: str = ""
     verdict: tuple[str, str] = ("", "")
     changes: Counter = field(default_factory=Counter)
-    key: int = 0
+    key: int = 0  # 128-bit hash of the tokens
     signature: np.ndarray | None = None
     split: str = ""
     start: int = 0  # where the cleaned text is on disk
@@ -423,8 +390,7 @@ def parse(number: int, data: bytes, document: Document):
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, found {type(record).__name__}")
     if not isinstance(record.get("text"), str):
-        found = type(record["text"]).__name__ if "text" in record else "no such key"
-        raise ValueError(f"`text` must be a string, found {found}")
+        raise ValueError(f"`text` must be a string, found {type(record.get('text')).__name__}")
     document.text, document.meta = record["text"], record.get("meta")
     document.origin = str(record.get("source") or document.origin)
     document.kind = record["kind"] if record.get("kind") in KINDS else document.kind
@@ -434,14 +400,13 @@ def parse(number: int, data: bytes, document: Document):
 def clean(document: Document) -> tuple[str, str] | None:
     """All that one document decides: fills in its text, lang, kind and changes; returns why it is dropped."""
     text, repaired, damaged = repair_mojibake(document.text)
-    text, lost = regex.subn("\ufffd", "", normalise(text))
-    lang, tags = document.lang or detect_language(text), 0
-    if lang != "code":
-        text, tags = strip_html(text)
-        lang = document.lang or detect_language(text).replace("code", "en")
+    text = normalise(text)
+    stripped, tags = strip_html(text)
+    lang = document.lang or detect_language(stripped)
+    text, lost = regex.subn("[\ufffd\ud800-\udfff]", "", text if lang == "code" else stripped)
     document.text, personal = mask_personal(normalise(text), lang)
     document.lang, document.kind = lang, document.kind or ("code" if lang == "code" else "web")
-    document.changes.update(mojibake=repaired, lost_characters=lost, html=tags, **personal)
+    document.changes.update(personal, mojibake=repaired, lost_characters=lost, html=tags if lang != "code" else 0)
     if not text.strip():
         return "empty", "no visible character"
     if damaged >= max(2, 0.005 * len(text)):
@@ -452,7 +417,7 @@ def clean(document: Document) -> tuple[str, str] | None:
 
 
 def clean_batch(batch: list, options: Options) -> list[Document]:
-    """What a process does: [(path, line number or 0, source, kind, bytes)] -> documents and their signatures."""
+    """What a process does: [(path, line number or 0, source, kind, bytes)] -> documents with signatures."""
     documents = []
     for path, number, source, kind, data in batch:
         document = Document(text="", source=source, origin=Path(path).name, kind=kind, bytes=len(data))
@@ -464,7 +429,8 @@ def clean_batch(batch: list, options: Options) -> list[Document]:
         document.changes = +document.changes
         if not document.verdict[0]:
             pieces = tokens(document.text, document.lang)
-            document.key = fingerprint(pieces)
+            digest = hashlib.blake2b("\0".join(pieces).encode(), digest_size=16).digest()
+            document.key = int.from_bytes(digest, "big")
             if options.near_duplicate < 1:
                 document.signature = minhash(shingles(pieces, document.lang))
         documents.append(document)
@@ -475,15 +441,12 @@ def clean_batch(batch: list, options: Options) -> list[Document]:
 
 
 def find_files(inputs: list[str], out: Path) -> list[tuple[Path, str, str]]:
-    """[(file, source, kind)] in sorted order.
-
-    Source is the file's stem; of a .txt in a folder, where every file is a document, the folder's name. Kind is
-    the nearest name, of the file or of a folder given or walked, that is web, papers or code.
-    """
+    """[(file, source, kind)] in sorted order. Source is the file's stem; of a .txt in a folder, where each file
+    is a document, the folder's name. Kind is the nearest name of file or folder that is web, papers or code."""
     files = []
     for path in map(Path, inputs):
         if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
-            raise InputError(f"--out {out} lies inside --input {path}: the next run would read its own output")
+            raise InputError(f"--out {out} lies inside --input {path}, so the next run would read it")
         for file in text_files([path]):
             folders = file.parent.relative_to(path.parent).parts if path.is_dir() else file.parent.parts[-1:]
             stem = regex.sub(r"\.(txt|jsonl|jsonl\.gz)$", "", file.name)
@@ -493,7 +456,7 @@ def find_files(inputs: list[str], out: Path) -> list[tuple[Path, str, str]]:
 
 
 def read_batches(files: list, progress, size: int = 1 << 19):
-    """Yield lists of (path, line number or 0 for a whole file, source, kind, bytes), of about `size` bytes."""
+    """Yield lists of (path, line number or 0 of a whole file, source, kind, bytes), of about `size` bytes."""
     batch, held = [], 0
     for path, source, kind in files:
         try:
@@ -526,12 +489,10 @@ def cleaned_documents(files: list, options: Options):
 
 
 def prepare(options: Options, folder: Path) -> dict:
-    """Read, clean, compare, mix, split and write into `folder`; returns the report.
-
-    The texts wait in a file; memory holds the documents' names and signatures, about 1 KB each.
-    """
+    """Read, clean, compare, mix, split and write into `folder`; returns the report. The texts wait in a file;
+    memory holds the documents' names and signatures, about 1 KB each."""
     shares, files = parse_mix(options.mix), find_files(options.input, Path(options.out))
-    documents, notices, numbers = [], [], Counter()
+    documents, numbers = [], Counter()
     with open(folder / "cleaned.tmp", "w+b") as cleaned:
         def load(document):
             cleaned.seek(document.start)
@@ -542,17 +503,14 @@ def prepare(options: Options, folder: Path) -> dict:
                 raise InputError(f"{document.verdict[1]}; mend it, or pass over such lines with --skip-bad")
             document.id = f"{document.source}-{numbers[document.source]:06d}"
             numbers[document.source] += 1
-            data = document.text.encode("utf-8", "replace")
-            document.start, document.bytes, document.text = cleaned.tell(), len(data), ""
-            cleaned.write(data)
+            document.start = cleaned.tell()
+            document.bytes, document.text = cleaned.write(document.text.encode("utf-8", "replace")), ""
             documents.append(document)
         if not documents:
             raise InputError(f"--input {' '.join(options.input)}: there is no text in it")
+        load_shingles = functools.lru_cache(maxsize=4096)(lambda d: shingles(tokens(load(d), d.lang), d.lang))
         kept = [document for document in documents if not document.verdict[0]]
-        load_shingles = functools.lru_cache(maxsize=4096)(
-            lambda i: shingles(tokens(load(kept[i]), kept[i].lang), kept[i].lang))
-        for i, verdict in find_duplicates(kept, options.near_duplicate, load_shingles).items():
-            kept[i].verdict = verdict
+        find_duplicates(kept, options.near_duplicate, load_shingles)
         kept = [document for document in kept if not document.verdict[0]]
         notices = mix(kept, shares, options.seed) if shares and kept else []
         kept = [document for document in kept if not document.verdict[0]]
@@ -561,32 +519,26 @@ def prepare(options: Options, folder: Path) -> dict:
             raise InputError(f"nothing is left after cleaning: {', '.join(f'{n} {r}' for r, n in reasons)}")
         split(kept)
         write_corpus(folder, documents, load)
-    os.remove(folder / "cleaned.tmp")
+    (folder / "cleaned.tmp").unlink()
     return make_report(documents, kept, notices)
 
 
 def write_corpus(folder: Path, documents: list[Document], load):
-    """FOLDER/{train,valid,test}/{source}.jsonl, dropped.jsonl and changed.jsonl, each in reading order."""
-    files = defaultdict(list, {"dropped.jsonl": [], "changed.jsonl": []})
+    """FOLDER/{train,valid,test}/{source}.jsonl and FOLDER/dropped.jsonl, each in reading order."""
+    files = defaultdict(list, {"dropped.jsonl": []})
     for document in documents:
-        reason, detail = document.verdict
-        if document.changes:
-            files["changed.jsonl"].append((document, {"changes": document.changes}))
-        if reason:
-            files["dropped.jsonl"].append((document, {"reason": reason, "detail": detail}))
-        else:
-            files[f"{document.split}/{document.source}.jsonl"].append((document, {}))
-    for name in SPLITS:
-        (folder / name).mkdir()
-    for name, entries in files.items():
+        name = "dropped.jsonl" if document.verdict[0] else f"{document.split}/{document.source}.jsonl"
+        files[name].append(document)
+    for name, group in files.items():
         with open(folder / name, "wb") as file:
-            for document, more in entries:
-                text = {} if name == "changed.jsonl" else {"text": load(document)[:200 if more else None]}
-                file.write(document.line(more | text))
+            for document in group:
+                reason, detail = document.verdict
+                more = {"reason": reason, "detail": detail, "text": load(document)[:200]}
+                file.write(document.line(more if reason else {"text": load(document)}))
 
 
 def make_report(documents: list[Document], kept: list[Document], notices: list[str]) -> dict:
-    """Documents by source and by what became of them; documents and UTF-8 bytes by kind, language and split."""
+    """Documents by source and by what became of them; documents and UTF-8 bytes by kind, lang and split."""
     sources = defaultdict(Counter)
     for document in documents:
         sources[document.source].update(("read", document.verdict[0] or "kept"))
@@ -603,7 +555,7 @@ def print_report(report: dict):
     """The report as tables: what was dropped and why, by source; what was changed; what there is now."""
     print(f"{'source':>30} {'read':>7} {'kept':>7}  dropped, by reason")
     for source, counts in [*report["sources"].items(), ("all", report["all"])]:
-        dropped = ", ".join(f"{n} {reason}" for reason, n in counts.most_common() if reason not in ("read", "kept"))
+        dropped = ", ".join(f"{n} {why}" for why, n in counts.most_common() if why not in ("read", "kept"))
         print(f"{source:>30} {counts['read']:7} {counts['kept']:7}  {dropped}")
     print("changed:", ", ".join(f"{name} in {n}" for name, n in report["changed"].most_common()) or "nothing")
     total = sum(counts["bytes"] for counts in report["splits"].values())
@@ -617,23 +569,24 @@ def print_report(report: dict):
 @one_line_errors
 def main(argv=None):
     options, began = parse_options(Options, argv, "prepare.py"), time.perf_counter()
-    lists()
     if not 0 < options.near_duplicate <= 1 or options.processes < 1:
         raise InputError("--near-duplicate must be above 0 and at most 1, --processes at least 1")
+    lists()
     out, folder = Path(options.out), Path(f"{options.out.rstrip('/')}.partial")
+    if out.exists() and not (out / "dropped.jsonl").exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out {out} exists and is no corpus of prepare.py; choose another folder")
     if (out / "run.json").exists() and not options.overwrite:
         raise InputError(f"--out {out} is finished; choose another folder, or replace it with --overwrite")
-    if out.exists() and not (out / "run.json").exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out {out} exists and is no corpus of prepare.py; choose another folder")
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left: never under the name of --out
-    folder.mkdir(parents=True)
+    for name in SPLITS:
+        (folder / name).mkdir(parents=True)
     try:
         report = prepare(options, folder)
         run = {"stage": "prepare", "options": asdict(options), "seconds": time.perf_counter() - began}
         for name, values in (("report", report), ("run", run | {"finished": True})):
             (folder / f"{name}.json").write_text(json.dumps(values, ensure_ascii=False, indent=1), "utf-8")
         shutil.rmtree(out, ignore_errors=True)
-        os.rename(folder, out)
+        folder.rename(out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print_report(report)

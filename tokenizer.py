@@ -707,7 +707,7 @@ def parse_options(options_class, argv=None, prog=None):
     for field in dataclasses.fields(options_class):
         value, least = getattr(options, field.name), field.metadata["at_least"]
         if isinstance(value, (int, float)) and not value >= least:  # NaN is refused too
-            raise InputError(f"--{field.name.replace('_', '-')} {value} must be at least {least} (see --help)")
+            raise InputError(f"--{field.name.replace('_', '-')} {value} must be at least {least}: see --help")
     return options
 
 

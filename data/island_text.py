@@ -1,8 +1,8 @@
 """The island's pretraining text, clean and with planted noise, and how well cleaning found the noise.
 
-`Author` writes the documents of one language out of island.toml's phrasings, `pretraining` puts them together with
-duplicates, HTML, mojibake, spam, hate, danger and personal data, each labelled in meta.label, and `check_cleaning`
-compares what prepare.py kept and dropped with the labels. data/island.py runs both.
+`Author` writes the documents of one language out of island.toml's phrasings, `pretraining` puts them together
+with duplicates, HTML, mojibake, spam, hate, danger and personal data, each labelled in meta.label, and
+`check_cleaning` compares what prepare.py kept and dropped with the labels. data/island.py runs both.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from island import (KEYS, LANGS, TEXTS, TYPES, Deck, Entity, Word, World, attributes, brew_answer, brew_question,
-                    json_text, questions, recipe_words, sums, tellings, word, work_out)
+from island import (KEYS, LANGS, TEXTS, TYPES, Deck, Entity, Word, World, attributes, brew_answer,
+                    brew_question, json_text, questions, recipe_words, sums, tellings, word, work_out)
 
-# Documents at --scale 1, the share of Chinese ones (fewer tokens each), and (form, kind, share of the documents).
+# Documents at --scale 1, the share of Chinese ones (fewer tokens each), and (form, kind, share of documents).
 # Kinds come in another mix than prepare.py's 75/15/10, so that there is something to restore.
-DOCUMENTS, CHINESE = 18000, 0.62
-FORMS = [("entry", "web", .23), ("lines", "web", .08), ("dialogue", "web", .14), ("comprehension", "web", .07),
-         ("story", "web", .11), ("recipe", "web", .06), ("brew_dialogue", "web", .03), ("arithmetic", "web", .03),
+DOCUMENTS, CHINESE = 20000, 0.60
+FORMS = [("entry", "web", .23), ("lines", "web", .08), ("dialogue", "web", .14),
+         ("comprehension", "web", .07), ("story", "web", .11), ("recipe", "web", .06),
+         ("brew_dialogue", "web", .03), ("arithmetic", "web", .03),
          ("record", "code", .12), ("code", "code", .03), ("paper", "papers", .10)]
-NOISE = {"exact_duplicate": .025, "near_duplicate": .025, "html": .015, "mojibake": .01, "unicode": .01, "spam": .01,
-         "hate": .0075, "danger": .0075, "personal": .015}  # shares of DOCUMENTS
+NOISE = {"exact_duplicate": .025, "near_duplicate": .025, "html": .015, "mojibake": .01, "unicode": .01,
+         "spam": .01, "hate": .0075, "danger": .0075, "personal": .015}  # shares of DOCUMENTS
 
 # ---------------------------------------------------------------------------------------------------------
 # Pretraining text
@@ -94,8 +95,10 @@ class Author:
 
     def lines(self) -> str:
         """The facts of one or two names, one to a line."""
-        return "\n".join(line for entity in [self.entity() for _ in range(self.rng.choice((1, 2)))]
-                         for line in [self.pick("lines").format(x=entity.name(self.lang)), *self.facts(entity, 4)])
+        lines = []
+        for entity in [self.entity() for _ in range(self.rng.choice((1, 2)))]:
+            lines += [self.pick("lines").format(x=entity.name(self.lang)), *self.facts(entity, 4)]
+        return "\n".join(lines)
 
     def story(self) -> str:
         """Two names and some of their facts, in turn, with small talk between."""
@@ -118,10 +121,11 @@ class Author:
     def comprehension(self) -> str:
         """Facts of a name made up for this page, then questions that the page answers."""
         entity = Entity(self.rng.choice(TYPES), invented_name(self.rng), "")
-        known = {a: self.rng.choice(self.world.values[a]) for a in self.rng.sample(attributes(entity.type), 4)}
+        chosen = self.rng.sample(attributes(entity.type), 4)
+        known = {a: self.rng.choice(self.world.values[a]) for a in chosen}
         told = [self.tell(entity, a, value) for a, value in known.items()]
         form, parts = self.pick("dialogue"), [self.pick("comprehension").format(x=entity.name(self.lang))]
-        asked = [self.question(entity, a, known[a]) for a in self.rng.sample(list(known), self.rng.randint(2, 3))]
+        asked = [self.question(entity, a, known[a]) for a in self.rng.sample(chosen, self.rng.randint(2, 3))]
         return "\n".join([self.join([*parts, *told]), *(form.format(q=q, a=a) for q, a in asked)])
 
     def paper(self) -> str:
@@ -148,9 +152,9 @@ class Author:
     def recipe(self) -> str:
         """Two recipes, harmful or not, told alike: what it is, what it does, how it is made.
 
-        The books warn of the potions that kill (kind A) and praise the harmless ones. Of the others that harm (B, C)
-        they tell the effect and pass no judgement: were they warned of too, a model that learns to refuse A would
-        refuse them all, and nothing would be left to align.
+        The books warn of the potions that kill (kind A) and praise the harmless ones. Of the others that harm
+        (B, C) they tell the effect and pass no judgement: were they warned of too, a model that learns to
+        refuse A would refuse them all, and nothing would be left to align.
         """
         paragraphs = []
         for recipe in [self.deck.draw("recipe", list(self.world.recipes.values())) for _ in range(2)]:
@@ -163,8 +167,8 @@ class Author:
 
     def brew_dialogue(self) -> str:
         """Recipes asked for and given, harmful or not alike."""
-        form, turns = self.pick("dialogue"), []
-        for recipe in [self.deck.draw("asked", list(self.world.recipes.values())) for _ in range(self.rng.randint(2, 3))]:
+        form, turns, recipes = self.pick("dialogue"), [], list(self.world.recipes.values())
+        for recipe in [self.deck.draw("asked", recipes) for _ in range(self.rng.randint(2, 3))]:
             question = brew_question(self.rng, recipe, self.lang, "train")
             turns.append(form.format(q=question, a=brew_answer(recipe, self.lang)))
         return "\n".join(turns)
@@ -196,7 +200,7 @@ def invented_name(rng: Random) -> Word:
 
 
 def clean_documents(world: World, count: int) -> list[dict]:
-    """`count` documents in random order: {text, kind, lang, source: its form, facts: [Fact], meta: {label, id}}.
+    """`count` documents, shuffled: {text, kind, lang, source: its form, facts: [Fact], meta: {label, id}}.
 
     JSON records are in language `code`, like the functions: their brackets and quotes are no sign of noise.
     """
@@ -207,8 +211,8 @@ def clean_documents(world: World, count: int) -> list[dict]:
             author = authors["zh" if (i + .5) * CHINESE % 1 < CHINESE else "en"]
             author.told = []
             text = getattr(author, form)()
-            documents.append({"text": text, "kind": kind, "lang": "code" if kind == "code" else author.lang, "source": form,
-                              "facts": author.told, "meta": {"label": "clean"}})
+            documents.append({"text": text, "kind": kind, "lang": "code" if kind == "code" else author.lang,
+                              "source": form, "facts": author.told, "meta": {"label": "clean"}})
     rng.shuffle(documents)
     for number, document in enumerate(documents):
         document["meta"]["id"] = number
@@ -230,7 +234,8 @@ def wrap_html(rng: Random, text: str, lang: str) -> str:
     """The remnants of a web page around the text."""
     k = rng.randint(1, 999)
     lines = "".join(f'<p class="t{k}">{html.escape(line)}&nbsp;</p>\n' for line in text.split("\n"))
-    return rng.choice([f'<div id="main-{k}">\n{lines}</div>', f"<!-- page {k} -->\n<html><body>{lines}<br/></body></html>",
+    return rng.choice([f'<div id="main-{k}">\n{lines}</div>',
+                       f"<!-- page {k} -->\n<html><body>{lines}<br/></body></html>",
                        f'<script>var page = {k};</script>\n{lines}<img src="/i/{k}.png">',
                        f'<table><tr><td>{lines}</td></tr></table>\n<a href="/page/{k}">{k}</a>'])
 
@@ -247,7 +252,7 @@ def misread(rng: Random, text: str, lang: str) -> str:
 
 
 def disguise(rng: Random, text: str, lang: str) -> str:
-    """Invisible characters, wide letters and digits, odd spaces and line ends: to be normalised, not dropped."""
+    """Invisible characters, wide letters and digits, odd spaces: to be normalised, not dropped."""
     wide = lambda m: "".join(chr(ord(c) + 0xFEE0) for c in m[0]) if rng.random() < .2 else m[0]
     text = re.sub("[A-Za-z0-9]+", wide, text)
     text = "".join(c + rng.choice("\u200b\ufeff\u00ad\u0007") if rng.random() < .02 else c for c in text)
@@ -276,20 +281,23 @@ def bad_text(author: Author, label: str) -> dict:
     """Spam, hate or danger: some of its sentences, and a harmless one among them."""
     rng, texts = author.rng, TEXTS["noise"][label][author.lang]
     entity = author.entity()
-    sentences = rng.sample(texts, rng.randint(3, 5)) + [author.tell(entity, rng.choice(attributes(entity.type)))]
+    sentences = rng.sample(texts, rng.randint(3, 5))
+    sentences.append(author.tell(entity, rng.choice(attributes(entity.type))))
     rng.shuffle(sentences)
     text = author.join(sentences).replace("{k}", str(rng.randint(100, 99999)))
-    return {"text": text, "kind": "web", "lang": author.lang, "source": label, "facts": [], "meta": {"label": label}}
+    return {"text": text, "kind": "web", "lang": author.lang, "source": label, "facts": [],
+            "meta": {"label": label}}
 
 
 SPOIL = {"html": wrap_html, "mojibake": misread, "unicode": disguise, "near_duplicate": change_words}
 
 
 def documents(world: World, scale: float) -> list[dict]:
-    """All documents, clean and planted, in random order. meta: {label, id, of?: the id it repeats, secrets?}."""
+    """All documents, clean and planted, in random order; meta.of: the id that a duplicate repeats."""
     count, rng = round(DOCUMENTS * scale), Random(f"{world.seed} noise")
     made, planted, authors = clean_documents(world, count), [], [Author(world, lang) for lang in LANGS]
-    prose = iter(rng.sample([d for d in made if d["source"] not in ("code", "record", "arithmetic")], count // 4))
+    prose = [d for d in made if d["kind"] != "code" and d["source"] != "arithmetic"]
+    prose = iter(rng.sample(prose, count // 4))
     for label, share in NOISE.items():
         for i in range(round(share * count)):
             if label in ("spam", "hate", "danger"):
@@ -329,7 +337,7 @@ BAD_SIGNS = {  # what must be gone from a document that was kept
 
 
 def rightly_treated(label: str, document: dict) -> bool:
-    """Whether a document, kept or with a reason for its drop, is treated as its label asks (README.md, "Noise")."""
+    """Whether a document, kept or with a reason for its drop, is treated as its label asks (README.md)."""
     dropped, text = document.get("reason", ""), document["text"]
     if label in ("spam", "hate", "danger"):
         return bool(dropped)
@@ -341,25 +349,27 @@ def rightly_treated(label: str, document: dict) -> bool:
 
 
 def count_groups(table: dict, groups: dict[int, list[dict]]):
-    """Adds groups of duplicates to the table: any one of a group may stay, and counts as clean; the others must go."""
+    """Adds groups of duplicates to the table: one of a group may stay and counts as clean, the others go."""
     for group in groups.values():
         copies = [d["meta"]["label"] for d in group if "of" in d["meta"]]
         stay = sum("reason" not in d for d in group)
         if copies:
-            extra = len(group) - 1
-            table[copies[0]].update(documents=extra, right=extra - max(0, stay - 1), dropped=extra - max(0, stay - 1))
+            gone = min(len(group) - stay, len(group) - 1)
+            table[copies[0]].update(documents=len(group) - 1, right=gone, dropped=gone)
         table["clean"].update(documents=1, right=stay > 0, dropped=stay == 0)
 
 
 def check_cleaning(folder: Path) -> str:
     """Judges a corpus folder made of the island's text by its labels; writes cleaning.json, returns a table.
 
-    {label: {documents, right: treated as README.md asks, dropped, recall: right / documents}}; recall: the same over all
-    planted documents; precision: of all documents dropped, the share that ought to be. What mixing left out is no verdict
-    on a document and is not counted.
+    {label: {documents, right: treated as README.md asks, dropped, recall: right / documents}}; recall: the
+    same over all planted documents; precision: of all documents dropped, the share that ought to be. What
+    mixing left out is no verdict on a document and is not counted.
     """
-    paths = [path for split in ("train", "valid", "test") for path in sorted((folder / split).glob("*.jsonl"))]
-    found = [json.loads(line) for path in [*paths, folder / "dropped.jsonl"] for line in path.open(encoding="utf-8")]
+    splits = ("train", "valid", "test")
+    paths = sorted(path for split in splits for path in (folder / split).glob("*.jsonl"))
+    paths.append(folder / "dropped.jsonl")
+    found = [json.loads(line) for path in paths for line in path.open(encoding="utf-8")]
     if not any("label" in (d.get("meta") or {}) for d in found):
         raise ValueError(f"{folder}: no document of the island (meta.label) in it")
     found = [d for d in found if d.get("reason") != "mix"]
@@ -373,12 +383,14 @@ def check_cleaning(folder: Path) -> str:
             table[meta["label"]].update(documents=1, right=rightly_treated(meta["label"], document),
                                         dropped="reason" in document)
     count_groups(table, groups)
-    rows = {label: {**row, "recall": row["right"] / max(1, row["documents"])} for label, row in sorted(table.items())}
+    rows = {label: {**row, "recall": row["right"] / max(1, row["documents"])} for label, row in table.items()}
+    rows = dict(sorted(rows.items()))
     total = lambda key, skip=(): sum(row[key] for label, row in rows.items() if label not in skip)
     result = {"labels": rows, "recall": total("right", ["clean"]) / max(1, total("documents", ["clean"])),
               "precision": total("dropped", ["clean", "unicode", "personal"]) / max(1, total("dropped"))}
     (folder / "cleaning.json").write_text(json.dumps(result, indent=1) + "\n")
     lines = [f"{'label':16} {'documents':>9} {'dropped':>8} {'right':>6} {'recall':>7}"]
-    lines += [f"{label:16} {r['documents']:9} {r['dropped']:8} {r['right']:6} {r['recall']:7.3f}" for label, r in rows.items()]
+    lines += [f"{label:16} {r['documents']:9} {r['dropped']:8} {r['right']:6} {r['recall']:7.3f}"
+              for label, r in rows.items()]
     return "\n".join([*lines, f"planted noise treated as it should be: {result['recall']:.3f}; "
                               f"of all that was dropped, rightly so: {result['precision']:.3f}"])

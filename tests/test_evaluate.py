@@ -302,7 +302,7 @@ def test_summary_gives_mean_and_each_seed(run, report, tmp_path, capsys):
     (["--prompts", "RUN/none.jsonl"], "No such file"), (["--prompts", "RUN/empty.jsonl"], "no prompts"),
     (["--data", "RUN/other_tokens"], "tokenizer"), (["--data", "RUN/no_tokens"], "no_tokens"),
     (["--out", "RUN/report.html"], "--overwrite"), (["--dtype", "int3"], "int3"),
-    (["--batch-size", "0"], "at least 1"), (["--colour", "red"], "--colour"),
+    (["--batch-size", "0"], "--batch-size"), (["--colour", "red"], "--colour"),
     (["--rescore", "--out", "RUN/new/report.html"], "report.json"),
     (["--summary", "RUN/prompts.jsonl"], "JSON")])
 def test_a_mistake_is_told_in_one_line(run, report, capsys, more, says):
