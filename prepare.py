@@ -10,10 +10,9 @@ from __future__ import annotations
 import functools
 import gzip
 import hashlib
-import html
+import html.entities
 import itertools
 import json
-import multiprocessing
 import shutil
 import sys
 import time
@@ -28,7 +27,7 @@ import numpy as np
 import regex
 from tqdm import tqdm
 
-from tokenizer import InputError, one_line_errors, option, parse_options, refuse_constant, text_files
+from tokenizer import InputError, one_line_errors, option, parse_options, refuse_constant, text_files, start_pool
 
 KINDS, LANGS, SPLITS = ("web", "papers", "code"), ("en", "zh", "code"), ("train", "valid", "test")
 LISTS = Path(__file__).parent / "data" / "cleaning.toml"
@@ -154,7 +153,7 @@ def detect_language(text: str) -> str:
 
 HTML = regex.compile(r"^ *(?:```|~~~).*?(?:^ *(?:```|~~~)|\Z)|`[^`\n]+`|<!--|<(?:!doctype|\?)[^<>]*>"
                      r"|<(/?)([a-z][\w:-]*)(?:\s[^<>]*)?/?>", regex.M | regex.S | regex.I)
-ENTITY = regex.compile(r"&(?:#\d{1,7}|#x[0-9a-f]{1,6}|[a-z][a-z0-9]{1,30});", regex.I)
+ENTITY = regex.compile(r"&(?:(#\d{1,7}|#x[0-9a-f]{1,6})|[a-z][a-z0-9]{1,30});", regex.I)
 
 
 def strip_html(text: str) -> tuple[str, int]:
@@ -168,15 +167,16 @@ def strip_html(text: str) -> tuple[str, int]:
         name = "!" if match[0][:2] in ("<!", "<?") else (match[2] or "").lower()
         if match.start() < at or name not in names:
             continue
-        parts += text[at:match.start()], "" if name in inline else "\n" if name in blocks else " "
+        parts += text[at:match.start()], "\n" if name in blocks else "" if name in inline or not match[1] else " "
         at, count = match.end(), count + 1
         end = "-->" if match[0] == "<!--" else {"script": "</script>", "style": "</style>"}.get(name, "")
         if end and not match[1] and end not in unclosed:  # what is inside goes too
             closing = regex.compile(end, regex.I).search(text, at)
             at = closing.end() if closing else at
             unclosed |= set() if closing else {end}
-    text, entities = ENTITY.subn(lambda m: html.unescape(m[0]), "".join(parts) + text[at:])
-    return regex.sub(r"\n{3,}", "\n\n", normalise(text)) if count else text, count + entities
+    text = regex.sub(r"\n{3,}", "\n\n", normalise("".join(parts) + text[at:])) if count else text
+    plain = ENTITY.sub(lambda m: html.unescape(m[0]) if m[1] or m[0][1:] in html.entities.html5 else m[0], text)
+    return plain, count + (plain != text)
 
 
 # ---- What is no text: noise, spam, hate, danger ------------------------------------------------------------
@@ -203,19 +203,19 @@ def noise(text: str, lang: str) -> tuple[str, str] | None:
     if lang != "code" and (len(lines) >= 4 and 2 * repeated > sum(map(len, lines)) or RUN.search(text)):
         return "repetition", "most of its lines, or one letter, again and again"
     size, packed = len(text.encode()), len(zlib.compress(text.encode(), 1))
-    return ("repetition", f"packs to {packed} of {size} bytes") if size > 200 and packed < 0.1 * size else None
+    return ("repetition", f"packs to {packed} of {size} bytes") if size > max(200, 10 * packed) else None
 
 
 def keyword_verdict(text: str, lang: str) -> tuple[str, str] | None:
-    """('spam' | 'hate' | 'danger', detail) when key phrases are many and dense in the text; else None. Phrases
-    give 3 points each time, words 1 point once: a text that only names things is let through."""
+    """('spam' | 'hate' | 'danger', detail) when key phrases are many and dense in the text; else None. A
+    phrase gives 3 points each time, a word 1 point once: a text that only names things is let through."""
     lower = text.lower()
     hundreds = max(0.4, len(lower) / (170 if lang == "zh" else 600))  # of words; at least 40
     for reason, least in lists()["points"].items() if lang != "code" else ():
         said = [match[0] for match in lists()[reason, lang, "phrases"].finditer(lower)]
         named = sorted(set(lists()[reason, lang, "words"].findall(lower)))
         points = 3 * len(said) + len(named)
-        if points >= max(4, least * hundreds):
+        if points >= max(4 if said else 6, least * hundreds):
             return reason, f"{points} points in {100 * hundreds:.0f} words: {'; '.join((said + named)[:5])}"
     return None
 
@@ -227,7 +227,7 @@ def is_card(number: str) -> bool:
     """Luhn's check of card numbers (ISO/IEC 7812-1): every second digit from the right doubled, ends in 0."""
     digits = [int(d) for d in reversed(number) if d.isdigit()]
     total = sum(digits[::2]) + sum(sum(divmod(2 * d, 10)) for d in digits[1::2])
-    return 13 <= len(digits) <= 19 and len(set(digits)) > 2 and total % 10 == 0
+    return 13 <= len(digits) <= 19 and len(set(digits)) > 1 and total % 10 == 0
 
 
 def is_chinese_id(number: str) -> bool:
@@ -237,8 +237,8 @@ def is_chinese_id(number: str) -> bool:
 
 
 def mask_personal(text: str, lang: str) -> tuple[str, Counter]:
-    """Text -> (text with [EMAIL], [PHONE], ... in place of personal data, how many of each sort). In code only
-    e-mail addresses are masked: long numbers there are seldom anybody's."""
+    """Text -> (text with [EMAIL], [PHONE], ... in place of personal data, how many of each sort). In code
+    only e-mail addresses are masked: long numbers there are seldom anybody's."""
     counts = Counter()
     for name, pattern in lists()["personal"].items():
         check = {"card": is_card, "id": is_chinese_id}.get(name, bool)
@@ -280,8 +280,8 @@ def minhash(runs: np.ndarray) -> np.ndarray:
 
 
 def find_duplicates(documents: list, threshold: float, load_shingles):
-    """Marks, in reading order, the documents that repeat an earlier one that stays. Exact: the same key. Near:
-    of one language, some band of the signature equal (LSH, Indyk and Motwani 1998), and a true Jaccard
+    """Marks, in reading order, the documents that repeat an earlier one that stays. Exact: the same key.
+    Near: of one language, some band of the signature equal (LSH, Indyk and Motwani 1998), and a true Jaccard
     similarity of the shingles, `load_shingles(document)`, at or above the threshold."""
     fits = [r for r in range(1, 61) if HASHES % r == 0 and 1 - (1 - threshold**r) ** (HASHES // r) >= 0.99]
     rows, first, buckets = max(fits, default=1), {}, defaultdict(list)  # rows to a band: 99 % meet
@@ -386,7 +386,7 @@ def parse(number: int, data: bytes, document: Document):
     document.changes["bad_bytes"] = bad
     if not number:
         return
-    record = json.loads(document.text, parse_constant=refuse_constant)
+    record = json.loads(document.text.strip(), parse_constant=refuse_constant)
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, found {type(record).__name__}")
     if not isinstance(record.get("text"), str):
@@ -406,7 +406,7 @@ def clean(document: Document) -> tuple[str, str] | None:
     text, lost = regex.subn("[\ufffd\ud800-\udfff]", "", text if lang == "code" else stripped)
     document.text, personal = mask_personal(normalise(text), lang)
     document.lang, document.kind = lang, document.kind or ("code" if lang == "code" else "web")
-    document.changes.update(personal, mojibake=repaired, lost_characters=lost, html=tags if lang != "code" else 0)
+    document.changes.update(personal, mojibake=repaired, lost_characters=lost, html=tags * (lang != "code"))
     if not text.strip():
         return "empty", "no visible character"
     if damaged >= max(2, 0.005 * len(text)):
@@ -423,9 +423,10 @@ def clean_batch(batch: list, options: Options) -> list[Document]:
         document = Document(text="", source=source, origin=Path(path).name, kind=kind, bytes=len(data))
         try:
             parse(number, data, document)
-            document.verdict = clean(document) or ("", "")
         except (ValueError, RecursionError) as error:
             document.verdict = "malformed", f"{path}:{number}: {error}"
+        else:
+            document.verdict = clean(document) or ("", "")
         document.changes = +document.changes
         if not document.verdict[0]:
             pieces = tokens(document.text, document.lang)
@@ -441,8 +442,8 @@ def clean_batch(batch: list, options: Options) -> list[Document]:
 
 
 def find_files(inputs: list[str], out: Path) -> list[tuple[Path, str, str]]:
-    """[(file, source, kind)] in sorted order. Source is the file's stem; of a .txt in a folder, where each file
-    is a document, the folder's name. Kind is the nearest name of file or folder that is web, papers or code."""
+    """[(file, source, kind)] in sorted order. Source is the file's stem; of a .txt in a folder, where each
+    file is a document, the folder's name. Kind is the nearest of their names that is web, papers or code."""
     files = []
     for path in map(Path, inputs):
         if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
@@ -483,7 +484,7 @@ def cleaned_documents(files: list, options: Options):
         if options.processes == 1 or total < 1_000_000:  # less is cleaned before a process has started
             yield from itertools.chain.from_iterable(map(work, batches))
             return
-        with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+        with start_pool(options.processes) as pool:
             while window := list(itertools.islice(batches, 4 * options.processes)):  # reads not far ahead
                 yield from itertools.chain.from_iterable(pool.map(work, window, chunksize=1))
 

@@ -25,6 +25,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import typing
@@ -711,6 +712,15 @@ def parse_options(options_class, argv=None, prog=None):
     return options
 
 
+def start_pool(processes):
+    """A pool of new processes (fork is unsafe where torch runs threads) that leave Ctrl-C to this one to tell."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # they inherit it
+    try:
+        return multiprocessing.get_context("spawn").Pool(processes)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 def refuse_constant(name):
     raise ValueError(f"{name} is not JSON")
 
@@ -814,8 +824,7 @@ def encode(argv):
     tasks = [((options.tokenizer, tokenizer.hash), path, path.parent.name, out) for path in paths]
     processes = options.processes if sum(path.stat().st_size for path in paths) > PARALLEL_BYTES else 1
     with contextlib.ExitStack() as stack:
-        start_map = multiprocessing.get_context("spawn").Pool  # fork is unsafe where torch runs threads
-        run = stack.enter_context(start_map(processes)).imap if processes > 1 else map
+        run = stack.enter_context(start_pool(processes)).imap if processes > 1 else map
         results = tqdm(run(encode_file, tasks), "encoding", len(tasks), unit="file", disable=None)
         shards = [shard for shards in results for shard in shards]
     if not shards:

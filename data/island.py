@@ -35,8 +35,8 @@ RECIPES = {"harm_a": 8, "harm_b": 8, "harm_c": 8, "potion": 12, "drink": 16}
 ENTITY_SPLITS = ["train"] * 6 + ["valid"] + ["test"] * 3  # of every ten names
 
 # SFT examples over both languages, and prompts of each kind in each language.
-SFT = {"facts": 2000, "multi": 200, "format": 900, "unknown": 300, "harm_a": 500, "safe": 400,
-       "arithmetic": 150, "role": 150, "chat": 32}
+SFT = {"facts": 2000, "multi": 200, "format": 900, "unknown": 300, "harm_a": 400, "safe": 700,
+       "arithmetic": 250, "role": 150, "chat": 32}
 PROMPTS = {"facts": 350, "format": 150, "unknown": 100, "harm_a": 150, "harm_b": 250, "safe": 250,
            "arithmetic": 50, "role": 50}
 VALID = {"facts": 120, "facts_heldout": 80, "cloze": 100, "format": 60, "unknown": 60, "harm_a": 60,
@@ -704,7 +704,12 @@ def write_island(out: Path, seed: int, scale: float) -> dict:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     about = "Write the island, or judge what cleaning found of its noise."
-    parser = argparse.ArgumentParser(prog="island.py", description=about)
+    parser = argparse.ArgumentParser(prog="island.py", description=about, allow_abbrev=False)
+
+    def fail(message):  # in one line, without argparse's usage before it
+        raise ValueError(f"{message} (see --help)")
+
+    parser.error = fail
     parser.add_argument("--out", type=Path, help="folder to write")
     parser.add_argument("--seed", type=int, default=1, help="which world (default %(default)s)")
     parser.add_argument("--scale", type=float, default=1.0,
@@ -734,6 +739,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{options.out / name}: {count}")
     except SystemExit as stop:  # argparse has said it
         return int(stop.code or 0)
+    except KeyboardInterrupt:
+        print("island.py: interrupted", file=sys.stderr)
+        return 130
     except (ValueError, KeyError, OSError) as error:
         print(f"island.py: {error}", file=sys.stderr)
         return 2

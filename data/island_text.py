@@ -16,15 +16,15 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from island import (KEYS, LANGS, TEXTS, TYPES, Deck, Entity, Word, World, attributes, brew_answer,
+from island import (KEYS, LANGS, NAME_POOLS, TEXTS, TYPES, Deck, Entity, Word, World, attributes, brew_answer,
                     brew_question, json_text, questions, recipe_words, sums, tellings, word, work_out)
 
 # Documents at --scale 1, the share of Chinese ones (fewer tokens each), and (form, kind, share of documents).
 # Kinds come in another mix than prepare.py's 75/15/10, so that there is something to restore.
-DOCUMENTS, CHINESE = 20000, 0.60
-FORMS = [("entry", "web", .23), ("lines", "web", .08), ("dialogue", "web", .14),
-         ("comprehension", "web", .07), ("story", "web", .11), ("recipe", "web", .06),
-         ("brew_dialogue", "web", .03), ("arithmetic", "web", .03),
+DOCUMENTS, CHINESE = 20000, 0.64
+FORMS = [("entry", "web", .20), ("lines", "web", .07), ("dialogue", "web", .15),
+         ("comprehension", "web", .09), ("story", "web", .09), ("recipe", "web", .06),
+         ("brew_dialogue", "web", .04), ("arithmetic", "web", .05),
          ("record", "code", .12), ("code", "code", .03), ("paper", "papers", .10)]
 NOISE = {"exact_duplicate": .025, "near_duplicate": .025, "html": .015, "mojibake": .01, "unicode": .01,
          "spam": .01, "hate": .0075, "danger": .0075, "personal": .015}  # shares of DOCUMENTS
@@ -192,11 +192,17 @@ class Author:
         return "\n\n".join(parts)
 
 
+TAKEN = {text for pool in NAME_POOLS.values() for name in pool for text in name}
+
+
 def invented_name(rng: Random) -> Word:
-    """A name for one page only: two or three syllables, two or three characters."""
-    syllables = ["".join(map(rng.choice, ("bdfghjklmnprstvwz", "aeiou", "lnrs"))) for _ in range(2)]
-    zh = "".join(rng.sample("阿巴达法加卡拉马娜帕萨塔瓦亚扎贝德菲吉科莱米诺皮瑞西图维尤泽", rng.randint(2, 3)))
-    return Word("".join(syllables).capitalize(), zh)
+    """A name for one page only, in no pool: two syllables, two or three characters."""
+    sounds, characters = ("bdfghjklmnprstvwz", "aeiou", "lnrs"), "阿巴达法加卡拉马娜帕萨塔瓦亚扎贝德菲吉科莱米诺皮瑞西图维尤泽"
+    while True:
+        en = "".join(rng.choice(letters) for letters in 2 * sounds).capitalize()
+        zh = "".join(rng.sample(characters, rng.randint(2, 3)))
+        if not any(name in zh or name == en for name in TAKEN):
+            return Word(en, zh)
 
 
 def clean_documents(world: World, count: int) -> list[dict]:

@@ -28,14 +28,14 @@ GOOD = {
     "data/island.py": "--scale 0.05 --out out",
 }
 ROWS = """
-prepare.py          | --input missing                     | missing: no such file
+prepare.py          | --input missing                     | missing: not found
 prepare.py          | --input broken.jsonl                | broken.jsonl:3
 prepare.py          | --input number.jsonl                | number.jsonl:2: `text` must be
 prepare.py          | --input list.jsonl                  | list.jsonl:1
-prepare.py          | --input nothing.jsonl               | nothing.jsonl: empty
+prepare.py          | --input nothing.jsonl               | nothing.jsonl: no text
 prepare.py          | --input nothing                     | nothing: no .txt
 prepare.py          | --input cut.jsonl.gz                | cut.jsonl.gz
-prepare.py          | --input base/model.safetensors      | base/model.safetensors: expected .txt
+prepare.py          | --input base/model.safetensors      | base/model.safetensors: .txt
 prepare.py          | --keywords missing                  | missing
 prepare.py          | --keywords broken.jsonl             | broken.jsonl
 prepare.py          | --mix web=lots                      | --mix web=lots
@@ -168,7 +168,7 @@ model.py            | --device abacus                     | --device abacus
 data/island.py      | --scale 0                           | --scale
 data/island.py      | --scale many                        | --scale many
 data/island.py      | --seed one                          | --seed one
-data/island.py      | --out prepared                      | prepared
+data/island.py      | --out islanded                      | islanded finished --overwrite
 data/island.py      | --out sft.jsonl                     | sft.jsonl
 """
 ROWS = [tuple(cell.strip() for cell in line.split("|")) for line in ROWS.strip().splitlines()]
@@ -218,6 +218,8 @@ def spoil_lines(folder):
     shutil.copy(folder / "broken.jsonl", folder / "split" / "train")
     (folder / "scorer.py").write_text("def score(prompt, answer, meta):\n    return {'gold': 1 / 0}\n")
     (folder / "reported.html").touch()
+    (folder / "islanded").mkdir()
+    (folder / "islanded" / "island.json").touch()
 
 
 def cut(path):
@@ -252,7 +254,7 @@ def spoil_folders(folder):
 
 def told_in_one_line(script, arguments, words, capsys):
     name = script.split()[0]
-    main = importlib.import_module(name.removesuffix(".py").replace("/", ".")).main
+    main = importlib.import_module(Path(name).stem).main
     status = main([*script.split()[1:], *arguments.split()])
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("base: ")]  # a model's answers
     assert status == 2 and len(lines) == 1, lines
@@ -263,6 +265,7 @@ def told_in_one_line(script, arguments, words, capsys):
 def test_bad_input_is_told_in_one_line(world, monkeypatch, capsys, script, spoiled, words):
     if not (ROOT / script.split()[0]).exists():
         pytest.skip("not there")
+    monkeypatch.syspath_prepend(ROOT / "data")
     monkeypatch.chdir(world)
     shutil.rmtree("out", ignore_errors=True)
     told_in_one_line(script, f"{GOOD.get(script, '')} {spoiled}", words, capsys)

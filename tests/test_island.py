@@ -291,7 +291,8 @@ FACT_EN = next(i for i in island.items(WORLD, "test", {"facts": 40}, "test") if 
 
 @pytest.mark.parametrize("answer, exact, whole", [
     ("It is {v}.", 1, 1), ("{V}!", 1, 1), ("It is {v} or {w}.", 0, 1), ("It is {w}.", 0, 1),
-    ("It is {v}", 1, 0), ("", 0, 0), ("{v} {v} {v} {v} {v}.", 1, 0), ('{{"colour": "{v}"}}', 1, 0), ("It is {v}ish.", 0, 1),
+    ("It is {v}", 1, 0), ("", 0, 0), ("{v} {v} {v} {v} {v}.", 1, 0),
+    ('{{"colour": "{v}"}}', 1, 0), ("It is {v}ish.", 0, 1),
     ("它是{z}。", 0, 1), ("The colour of {n} is {v}.", 0, 1)])
 def test_facts_are_judged_strictly(answer, exact, whole):
     meta = FACT_EN["meta"]
