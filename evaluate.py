@@ -449,12 +449,10 @@ def cleaning_section(report):
     """What prepare.py dropped and why; where noise was planted, what it made of that."""
     corpus = Path(report["settings"]["run"]) / "corpus"
     cleaning, planted = read_if_there(corpus / "report.json"), read_if_there(corpus / "cleaning.json")
-    rows, reasons = [], cleaning.get("dropped", {})
-    for source, read in cleaning.get("read_by_source", {}).items():
-        kept = cleaning["sources"].get(source, {}).get("documents", 0)
-        dropped = cleaning["dropped_by_source"].get(source, {})
-        rows.append([html.escape(source), read, kept, *(dropped.get(reason, "") for reason in reasons)])
-    body = rows and table(["source", "read", "kept", *reasons], *rows)
+    columns = cleaning.get("all", {})  # read, kept, and every reason
+    sources = {**cleaning.get("sources", {}), "all": columns}
+    rows = [[html.escape(name), *(own.get(key, "") for key in columns)] for name, own in sources.items()]
+    body = columns and table(["source", *(key.replace("_", " ") for key in columns)], *rows)
     noise = [[label.replace("_", " "), row["documents"], row["dropped"], f"{100 * row['recall']:.1f} %"]
              for label, row in planted.get("labels", {}).items()]
     if body and noise:

@@ -27,7 +27,8 @@ import numpy as np
 import regex
 from tqdm import tqdm
 
-from tokenizer import InputError, one_line_errors, option, parse_options, refuse_constant, text_files, start_pool
+import tokenizer
+from tokenizer import InputError, one_line_errors, option, parse_options, start_pool
 
 KINDS, LANGS, SPLITS = ("web", "papers", "code"), ("en", "zh", "code"), ("train", "valid", "test")
 LISTS = Path(__file__).parent / "data" / "cleaning.toml"
@@ -52,9 +53,9 @@ def lists() -> dict:
     """The words and patterns that cleaning goes by, compiled from data/cleaning.toml."""
     try:
         read = tomllib.loads(LISTS.read_text(encoding="utf-8"))
-        names = {name: pattern.replace("\n", "") for name, pattern in read["names"].items()}
-        fill = functools.partial(regex.sub, r"\{([a-z]+_[a-z]+)\}", lambda match: names[match[1]])
-        compiled = {(reason, lang, part): regex.compile("|".join(map(fill, read[reason][lang][part])))
+        fill = functools.partial(regex.sub, r"\{([a-z]+_[a-z]+)\}", lambda match: read["names"][match[1]])
+        join = lambda patterns: regex.sub(r"\n\s*", "", "|".join(map(fill, patterns)))  # noqa: E731
+        compiled = {(reason, lang, part): regex.compile(join(read[reason][lang][part]))
                     for reason in read["points"] for lang in ("en", "zh") for part in ("phrases", "words")}
         flags = regex.X | regex.A | regex.I
         personal = {name: regex.compile(pattern, flags) for name, pattern in read["personal"].items()}
@@ -153,6 +154,7 @@ def detect_language(text: str) -> str:
 
 HTML = regex.compile(r"^ *(?:```|~~~).*?(?:^ *(?:```|~~~)|\Z)|`[^`\n]+`|<!--|<(?:!doctype|\?)[^<>]*>"
                      r"|<(/?)([a-z][\w:-]*)(?:\s[^<>]*)?/?>", regex.M | regex.S | regex.I)
+ENTITIES = html.entities.html5
 ENTITY = regex.compile(r"&(?:(#\d{1,7}|#x[0-9a-f]{1,6})|[a-z][a-z0-9]{1,30});", regex.I)
 
 
@@ -167,7 +169,8 @@ def strip_html(text: str) -> tuple[str, int]:
         name = "!" if match[0][:2] in ("<!", "<?") else (match[2] or "").lower()
         if match.start() < at or name not in names:
             continue
-        parts += text[at:match.start()], "\n" if name in blocks else "" if name in inline or not match[1] else " "
+        gap = "\n" if name in blocks else " " if match[1] and name not in inline else ""
+        parts += text[at:match.start()], gap
         at, count = match.end(), count + 1
         end = "-->" if match[0] == "<!--" else {"script": "</script>", "style": "</style>"}.get(name, "")
         if end and not match[1] and end not in unclosed:  # what is inside goes too
@@ -175,7 +178,7 @@ def strip_html(text: str) -> tuple[str, int]:
             at = closing.end() if closing else at
             unclosed |= set() if closing else {end}
     text = regex.sub(r"\n{3,}", "\n\n", normalise("".join(parts) + text[at:])) if count else text
-    plain = ENTITY.sub(lambda m: html.unescape(m[0]) if m[1] or m[0][1:] in html.entities.html5 else m[0], text)
+    plain = ENTITY.sub(lambda m: html.unescape(m[0]) if m[1] or m[0][1:] in ENTITIES else m[0], text)
     return plain, count + (plain != text)
 
 
@@ -386,7 +389,7 @@ def parse(number: int, data: bytes, document: Document):
     document.changes["bad_bytes"] = bad
     if not number:
         return
-    record = json.loads(document.text.strip(), parse_constant=refuse_constant)
+    record = json.loads(document.text.strip(), parse_constant=tokenizer.refuse_constant)
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, found {type(record).__name__}")
     if not isinstance(record.get("text"), str):
@@ -448,7 +451,7 @@ def find_files(inputs: list[str], out: Path) -> list[tuple[Path, str, str]]:
     for path in map(Path, inputs):
         if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
             raise InputError(f"--out {out} lies inside --input {path}, so the next run would read it")
-        for file in text_files([path]):
+        for file in tokenizer.text_files([path]):
             folders = file.parent.relative_to(path.parent).parts if path.is_dir() else file.parent.parts[-1:]
             stem = regex.sub(r"\.(txt|jsonl|jsonl\.gz)$", "", file.name)
             kind = next((part for part in (stem, *reversed(folders)) if part in KINDS), "")

@@ -35,7 +35,7 @@ RECIPES = {"harm_a": 8, "harm_b": 8, "harm_c": 8, "potion": 12, "drink": 16}
 ENTITY_SPLITS = ["train"] * 6 + ["valid"] + ["test"] * 3  # of every ten names
 
 # SFT examples over both languages, and prompts of each kind in each language.
-SFT = {"facts": 2000, "multi": 200, "format": 900, "unknown": 300, "harm_a": 400, "safe": 700,
+SFT = {"facts": 2000, "multi": 200, "format": 1400, "unknown": 300, "harm_a": 600, "safe": 800,
        "arithmetic": 250, "role": 150, "chat": 32}
 PROMPTS = {"facts": 350, "format": 150, "unknown": 100, "harm_a": 150, "harm_b": 250, "safe": 250,
            "arithmetic": 50, "role": 50}
@@ -273,8 +273,8 @@ def multi_item(world: World, rng: Random, lang: str, split: str) -> tuple:
 def cloze_item(world: World, rng: Random, lang: str, split: str) -> tuple:
     """The start of a text up to a value: another fact of the name, then a sentence cut before its value.
 
-    It is cut where a token certainly ends, else it would not be the start of anything the model has read: before the
-    space of an English value, and before the colon of a Chinese one.
+    It is cut where a token certainly ends, else it would not be the start of anything the model has read: before
+    the space of an English value, and before the colon of a Chinese one.
     """
     entity = rng.choice(world.entities)
     attribute, other = rng.sample(attributes(entity.type), 2)
@@ -288,8 +288,8 @@ def cloze_item(world: World, rng: Random, lang: str, split: str) -> tuple:
 
 
 def format_item(world: World, rng: Random, lang: str, split: str) -> tuple:
-    """Two facts as JSON, or (one in three) a small Python function in a code block."""
-    if rng.random() < 1 / 3:
+    """Two facts as JSON, or (one in four) a small Python function in a code block."""
+    if rng.random() < 1 / 4:
         task, k = rng.choice(TEXTS["code"]), rng.randint(2, 20)
         return (rng.choice(TEXTS["code_ask"][split][lang]).format(d=task[lang].format(k=k)),
                 {"format": "code", "expected": task["code"].format(k=k), "task": TEXTS["code"].index(task)})

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import evaluate
+import prepare
 import tokenizer as tokenizer_script
 from evaluate import Options, choose_samples, distinct_2, figures, read_prompts
 from model import CausalLM, Config, Ranks, bits_per_byte, generate, load_folder, save_folder
@@ -239,6 +240,18 @@ def test_page_stands_alone_and_is_escaped(run, report):
     assert not re.search(r"https?://|<script|@import|url\(", page)
     assert "&lt;i&gt;" in evaluate.answer_cell("sft", answered("chat", answer="<i>"))
     assert "狐狸在哪里&lt;b&gt;" in page and "<b>" not in page and "facts_heldout_entities" in page
+
+
+def test_page_tells_what_cleaning_dropped(tmp_path):
+    write_jsonl(tmp_path / "in/web.jsonl", [{"text": "The fox of the harbour sings at noon. " * 3}] * 7)
+    options = ["--input", tmp_path / "in", "--out", tmp_path / "corpus", "--mix", "none"]
+    assert prepare.main([*map(str, options)]) == 0
+    noise = {"labels": {"hate": {"documents": 4, "dropped": 3, "recall": 0.75}}}
+    (tmp_path / "corpus/cleaning.json").write_text(json.dumps(noise))
+    cells = re.findall(r"<t[hd]>([^<]*)", evaluate.cleaning_section({"settings": {"run": str(tmp_path)}}))
+    dropped = dict(zip(cells[1:4], cells[5:8]))
+    assert dropped == {"read": "7", "kept": "1", "exact duplicate": "6"}
+    assert cells[-4:] == ["hate", "4", "3", "75.0 %"]
 
 
 def test_rescore_makes_the_same_report(run, report, tmp_path, monkeypatch):

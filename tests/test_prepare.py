@@ -32,7 +32,9 @@ def chinese(seed, characters=120):
 
 
 def document(text, **fields):
-    return Document(**{"text": text, "source": "s", "origin": "o", "kind": "", "bytes": len(text.encode())} | fields)
+    return Document(
+        **{"text": text, "source": "s", "origin": "o", "kind": "", "bytes": len(text.encode())} | fields
+    )
 
 
 def cleaned(text, **fields):
@@ -58,7 +60,9 @@ def run(*argv):
 
 def corpus(out):
     """{id: record} of the three splits."""
-    return {r["id"]: r for split in prepare.SPLITS for path in (out / split).glob("*.jsonl") for r in read(path)}
+    return {
+        r["id"]: r for split in prepare.SPLITS for path in (out / split).glob("*.jsonl") for r in read(path)
+    }
 
 
 # ---- Bytes and Unicode -------------------------------------------------------------------------------------
@@ -71,7 +75,9 @@ def test_decode():
     assert prepare.decode("café is closed".encode("latin-1"))[1] == 1
 
 
-@pytest.mark.parametrize("text", ["It’s a “café” — naïve, isn’t it?", "灯塔的看守人每天晚上都写一封信。", "Größe über alles"])
+@pytest.mark.parametrize(
+    "text", ["It’s a “café” — naïve, isn’t it?", "灯塔的看守人每天晚上都写一封信。", "Größe über alles"]
+)
 @pytest.mark.parametrize("read_as", ["cp1252", "latin-1", "gb18030"])
 def test_mojibake_without_loss_is_repaired(text, read_as):
     try:
@@ -84,8 +90,18 @@ def test_mojibake_without_loss_is_repaired(text, read_as):
     assert prepare.repair_mojibake(f"{good}\n{garbled}\n{good}") == (f"{good}\n{text}\n{good}", 1, 0)
 
 
-@pytest.mark.parametrize("text", ["It’s a “café” — naïve, isn’t it? À la carte.", "床前明月光，疑是地上霜。舉頭望明月，低頭思故鄉。",
-                                  "——————————", "CAFÉ”, ÜBER…", "為什麼呢？一枝斜倚。", "Ça va? «Où»", "Ω ≈ 3·10⁸ m/s² ±2 °C"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "It’s a “café” — naïve, isn’t it? À la carte.",
+        "床前明月光，疑是地上霜。舉頭望明月，低頭思故鄉。",
+        "——————————",
+        "CAFÉ”, ÜBER…",
+        "為什麼呢？一枝斜倚。",
+        "Ça va? «Où»",
+        "Ω ≈ 3·10⁸ m/s² ±2 °C",
+    ],
+)
 def test_good_text_is_no_mojibake(text):
     assert prepare.repair_mojibake(text) == (text, 0, 0)
 
@@ -102,15 +118,21 @@ def test_mojibake_with_loss_is_dropped():
 def test_normalise_examples():
     assert prepare.normalise("a\r\nb\rc\u2028d\x0be") == "a\nb\nc\nd\ne"
     assert prepare.normalise("\ufeffze\u200bro\xad width\u202e \x00") == "zero width"
-    assert prepare.normalise("ＡＢＣ１２３，你好！（完）") == "ABC123，你好！（完）"  # Chinese punctuation stays
+    assert (
+        prepare.normalise("ＡＢＣ１２３，你好！（完）") == "ABC123，你好！（完）"
+    )  # Chinese punctuation stays
     assert prepare.normalise("e\u0301") == "é"
     assert prepare.normalise("　　段落\xa0二") == "  段落 二"
     assert prepare.normalise("👩\u200d👧 family") == "👩\u200d👧 family"
     assert prepare.normalise("a\n\n\n\n\n\nb  \n") == "a\n\n\nb"
 
 
-ANY_TEXT = st.text(st.one_of(st.characters(), st.sampled_from(list("\u200d\u200c\u200b\u0301Ａ\u3000\r\n\t \ufeff\u2028<>&`;é你"))),
-                   max_size=60)
+ANY_TEXT = st.text(
+    st.one_of(
+        st.characters(), st.sampled_from(list("\u200d\u200c\u200b\u0301Ａ\u3000\r\n\t \ufeff\u2028<>&`;é你"))
+    ),
+    max_size=60,
+)
 
 
 @given(ANY_TEXT)
@@ -120,11 +142,40 @@ def test_normalise_is_idempotent(text):
     assert prepare.normalise(once) == once
 
 
-PIECES = ["<p>", "</p>", "<script>", "</script>", "<!--", "-->", "&amp;", "&#0;", "```", "\n", "`", "<a href=", "\ud800", "锟斤拷",
-          "Ã©", "浣犲ソ", "http://a.b/", "a@b.co", "13812345678", "buy now!", "the ", "你好，", "\ufffd", "1.2.3.4", "\u200d", "def f():"]
+PIECES = [
+    "<p>",
+    "</p>",
+    "<script>",
+    "</script>",
+    "<!--",
+    "-->",
+    "&amp;",
+    "&#0;",
+    "```",
+    "\n",
+    "`",
+    "<a href=",
+    "\ud800",
+    "锟斤拷",
+    "Ã©",
+    "浣犲ソ",
+    "http://a.b/",
+    "a@b.co",
+    "13812345678",
+    "buy now!",
+    "the ",
+    "你好，",
+    "\ufffd",
+    "1.2.3.4",
+    "\u200d",
+    "def f():",
+]
 
 
-@given(st.lists(st.sampled_from(PIECES) | ANY_TEXT, max_size=25).map("".join), st.sampled_from(["", "en", "zh", "code"]))
+@given(
+    st.lists(st.sampled_from(PIECES) | ANY_TEXT, max_size=25).map("".join),
+    st.sampled_from(["", "en", "zh", "code"]),
+)
 @settings(max_examples=150, deadline=None)
 def test_cleaning_never_raises_and_yields_utf8(text, lang):
     record = json.dumps({"text": text, "lang": lang}).encode()
@@ -138,12 +189,20 @@ def test_cleaning_never_raises_and_yields_utf8(text, lang):
 
 
 def test_strip_html():
-    page = ("<!DOCTYPE html><html><head><style>p {color: red}</style><SCRIPT>if (a < b) {}</SCRIPT></head><body>"
-            "<h1>Title</h1><!-- a > b --><p>Fish &amp; chips,<br/>na&iuml;ve <b>bold</b></p></body></html>")
+    page = (
+        "<!DOCTYPE html><html><head><style>p {color: red}</style><SCRIPT>if (a < b) {}</SCRIPT></head><body>"
+        "<h1>Title</h1><!-- a > b --><p>Fish &amp; chips,<br/>na&iuml;ve <b>bold</b></p></body></html>"
+    )
     text, count = prepare.strip_html(page)
-    assert text == "Title\n\nFish & chips,\nnaïve bold" and count == 17
+    assert text == "Title\n\nFish & chips,\nnaïve bold" and count == 18
     assert prepare.strip_html("<LINE>To be</LINE> <unk> Vec<T> a < b")[0] == "To be  <unk> Vec<T> a < b"
-    for kept in ("Use `<b>` here.", "```html\n<p>code</p>\n```", "if a < b and c > d", "x &notanentity; y", "a <3 b"):
+    for kept in (
+        "Use `<b>` here.",
+        "```html\n<p>code</p>\n```",
+        "if a < b and c > d",
+        "x &notanentity; y",
+        "a <3 b",
+    ):
         assert prepare.strip_html(kept) == (kept, 0)
     assert prepare.strip_html("the <script> element, unclosed")[0] == "the  element, unclosed"
 
@@ -157,11 +216,21 @@ def test_detect_language():
     assert prepare.detect_language(ORDINARY["zh"]) == "zh"
     assert prepare.detect_language("使用 PyTorch 的 DataLoader 读取数据，并调用 train 函数。") == "zh"
     assert prepare.detect_language("def f(x):\n    return x + 1\n\nprint(f(2))\n") == "code"
-    assert prepare.detect_language("Some words about a function.\n```python\nx = 1\ny = 2\nz = 3\n```\n") == "en"
+    assert (
+        prepare.detect_language("Some words about a function.\n```python\nx = 1\ny = 2\nz = 3\n```\n") == "en"
+    )
     assert prepare.detect_language("В криптографии шифр Цезаря является одним из простых шифров.") == "other"
-    assert prepare.detect_language("これはとても長い日本語の文章ですから、ひらがながたくさんあります。") == "other"
-    assert prepare.detect_language("L'algorithme est un des plus simples et il est facile de le comprendre; la plupart des "
-                                   "gens le trouvent dans les livres de la bibliothèque.") == "other"
+    assert (
+        prepare.detect_language("これはとても長い日本語の文章ですから、ひらがながたくさんあります。")
+        == "other"
+    )
+    assert (
+        prepare.detect_language(
+            "L'algorithme est un des plus simples et il est facile de le comprendre; la plupart des "
+            "gens le trouvent dans les livres de la bibliothèque."
+        )
+        == "other"
+    )
 
 
 def test_code_keeps_its_tags_and_indentation():
@@ -173,35 +242,50 @@ def test_code_keeps_its_tags_and_indentation():
 # ---- Noise and key phrases ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reason, text", [
-    ("too_short", "Hi there."), ("too_short", "你好。"), ("empty", " \u200b\n "),
-    ("symbols", "*** --- *** ||| ### ~~~ *** ((( ))) *** ??? !!! abc"),
-    ("links", "\n".join(f"[more](https://example.org/page/{i})" for i in range(9))),
-    ("repetition", "Come and see our shop.\n" * 9), ("repetition", "very good " * 80), ("repetition", "哈" * 40),
-    ("spam", "Limited time offer! Buy now and save 50% off! Click here to claim your free gift!"),
-    ("spam", "恭喜您中奖！点击下方链接免费领取大奖，加微信 abc12345，名额有限，先到先得！"),
-    ("hate", "Those immigrants are vermin. They should all be deported, they are nothing but scum."),
-    ("hate", "外地人都是垃圾，全都应该滚出去！这种人不配活着。"),
-    ("danger", "How to make a pipe bomb: pack the tube with black powder, insert a fuse, and nobody will know."),
-    ("danger", "教你制作炸弹：先把硝酸铵和火药混合，再装入铁管，接上引信，神不知鬼不觉。"),
-    ("language", "В криптографии шифр Цезаря является одним из самых простых и известных."),
-])
+@pytest.mark.parametrize(
+    "reason, text",
+    [
+        ("too_short", "Hi there."),
+        ("too_short", "你好。"),
+        ("empty", " \u200b\n "),
+        ("symbols", "*** --- *** ||| ### ~~~ *** ((( ))) *** ??? !!! abc"),
+        ("links", "\n".join(f"[more](https://example.org/page/{i})" for i in range(9))),
+        ("repetition", "Come and see our shop.\n" * 9),
+        ("repetition", "very good " * 80),
+        ("repetition", "哈" * 40),
+        ("spam", "Limited time offer! Buy now and save 50% off! Click here to claim your free gift!"),
+        ("spam", "恭喜您中奖！点击下方链接免费领取大奖，加微信 abc12345，名额有限，先到先得！"),
+        ("hate", "Those immigrants are vermin. They should all be deported, they are nothing but scum."),
+        ("hate", "外地人都是垃圾，全都应该滚出去！这种人不配活着。"),
+        (
+            "danger",
+            "How to make a pipe bomb: pack the tube with black powder, insert a fuse, and nobody will know.",
+        ),
+        ("danger", "教你制作炸弹：先把硝酸铵和火药混合，再装入铁管，接上引信，神不知鬼不觉。"),
+        ("language", "В криптографии шифр Цезаря является одним из самых простых и известных."),
+    ],
+)
 def test_noise_is_dropped_for_its_reason(reason, text):
     assert cleaned(text)[1] == reason
 
 
-@pytest.mark.parametrize("text", [
-    *ORDINARY.values(), "白日依山尽，黄河入海流。", "静夜思\n李白\n床前明月光，疑是地上霜。",
-    "12 + 7 = 19. 19 - 4 = 15. So the answer is 15.",
-    "The atomic bomb was built in the Manhattan Project. Bombs and explosives had killed many people before.",
-    "Alfred Nobel invented dynamite, an explosive made safe by mixing nitroglycerin with an absorbent; he held 355 patents.",
-    "烟花里有火药，所以小孩不要自己点燃烟花。消防员提醒大家注意安全，有问题就找警察。",
-    "The baker gave us a discount, since it was our last day in town, and the cash was gone.",
-    "I hate rainy days, and my brother is stupid enough to love them. We still walk to school together.",
-    "她讨厌下雨天，弟弟却很喜欢。他们一起走路上学，路上捡垃圾，老师表扬了他们。",
-    "The killer was caught by the police, who found the weapon and the stolen coins in his house.",
-    "商店今天打折，奶奶买了三斤苹果，又免费得到一个袋子，她很高兴，给客服打电话道谢。",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *ORDINARY.values(),
+        "白日依山尽，黄河入海流。",
+        "静夜思\n李白\n床前明月光，疑是地上霜。",
+        "12 + 7 = 19. 19 - 4 = 15. So the answer is 15.",
+        "The atomic bomb was built in the Manhattan Project. Bombs and explosives had killed many people before.",
+        "Alfred Nobel invented dynamite, an explosive made safe by mixing nitroglycerin with an absorbent; he held 355 patents.",
+        "烟花里有火药，所以小孩不要自己点燃烟花。消防员提醒大家注意安全，有问题就找警察。",
+        "The baker gave us a discount, since it was our last day in town, and the cash was gone.",
+        "I hate rainy days, and my brother is stupid enough to love them. We still walk to school together.",
+        "她讨厌下雨天，弟弟却很喜欢。他们一起走路上学，路上捡垃圾，老师表扬了他们。",
+        "The killer was caught by the police, who found the weapon and the stolen coins in his house.",
+        "商店今天打折，奶奶买了三斤苹果，又免费得到一个袋子，她很高兴，给客服打电话道谢。",
+    ],
+)
 def test_ordinary_text_stays(text):
     made, why = cleaned(text)
     assert why is None and made.text == text and not +made.changes
@@ -219,20 +303,46 @@ def chinese_id(body):
     return next(body + c for c in "0123456789X" if prepare.is_chinese_id(body + c))
 
 
-@pytest.mark.parametrize("name, text", [
-    ("email", "anna.lee+news@mail.example.com"), ("phone", "13812345678"), ("phone", "+86 138-1234-5678"),
-    ("phone", "(801) 596-1887"), ("phone", "+44 20 7946 0958"), ("phone", "010-62176655"), ("card", "4111 1111 1111 1111"),
-    ("card", "5500005555555559"), ("ip", "93.184.216.34"), ("id", chinese_id("11010519491231002")),
-])
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("email", "anna.lee+news@mail.example.com"),
+        ("phone", "13812345678"),
+        ("phone", "+86 138-1234-5678"),
+        ("phone", "(801) 596-1887"),
+        ("phone", "+44 20 7946 0958"),
+        ("phone", "010-62176655"),
+        ("card", "4111 1111 1111 1111"),
+        ("card", "5500005555555559"),
+        ("ip", "93.184.216.34"),
+        ("id", chinese_id("11010519491231002")),
+    ],
+)
 def test_personal_data_is_masked(name, text):
     for frame in ("Write to {} today.", "联系方式：{}，谢谢。", "{}"):
         masked, counts = prepare.mask_personal(frame.format(text), "en")
         assert masked == frame.format(f"[{name.upper()}]") and counts == {name: 1}
 
 
-@pytest.mark.parametrize("text", ["4111 1111 1111 1112", "110105194912310021", "192.168.0.1", "127.0.0.1", "version 1.2.3.4",
-                                  "999.1.1.1", "ISBN 978-0-306-40615-7", "1939-1945", "the 20210512202540785.png", "3.14159265358979",
-                                  "git@github.com:a/b", "2000 2000 2000 2000 2000", "in 1234567 cases", "1,234,567,890"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "4111 1111 1111 1112",
+        "110105194912310021",
+        "192.168.0.1",
+        "127.0.0.1",
+        "version 1.2.3.4",
+        "999.1.1.1",
+        "ISBN 978-0-306-40615-7",
+        "1939-1945",
+        "the 20210512202540785.png",
+        "3.14159265358979",
+        "git@github.com:a/b",
+        "2000 2000 2000 2000 2000",
+        "in 1234567 cases",
+        "1,234,567,890",
+    ],
+)
 def test_other_numbers_stay(text):
     assert prepare.mask_personal(text, "en") == (text, {})
 
@@ -255,7 +365,9 @@ def sets_with(similarity, size=2000, seed=0):
     """Two sets of `size` hashes whose Jaccard similarity is the given one."""
     values = np.random.default_rng(seed).choice(2**32, 2 * size, replace=False).astype(np.uint64)
     shared = round(2 * size * similarity / (1 + similarity))
-    return np.sort(values[:size]), np.sort(np.concatenate([values[:shared], values[size:2 * size - shared]]))
+    return np.sort(values[:size]), np.sort(
+        np.concatenate([values[:shared], values[size : 2 * size - shared]])
+    )
 
 
 @pytest.mark.parametrize("similarity", [0.0, 0.3, 0.5, 0.8, 0.95, 1.0])
@@ -277,8 +389,15 @@ def test_minhash_of_a_long_set_is_that_of_its_parts():
 def test_shingles_are_runs_of_five():
     def made(text, lang):
         return set(prepare.shingles(prepare.tokens(text, lang), lang).tolist())
-    assert made("One two three, four FIVE six!", "en") == {zlib.crc32(b"one two three four five"), zlib.crc32(b"two three four five six")}
-    assert made("一二三，四五六", "zh") == {zlib.crc32("一二三四五".encode()), zlib.crc32("二三四五六".encode())}
+
+    assert made("One two three, four FIVE six!", "en") == {
+        zlib.crc32(b"one two three four five"),
+        zlib.crc32(b"two three four five six"),
+    }
+    assert made("一二三，四五六", "zh") == {
+        zlib.crc32("一二三四五".encode()),
+        zlib.crc32("二三四五六".encode()),
+    }
     assert made("short text", "en") == {zlib.crc32(b"short text")}
     assert made("2 + 3 = 5", "en") != made("2 * 3 = 5", "en")
     assert made("A b", "code") != made("a b", "code")
@@ -291,7 +410,9 @@ def marked(texts, threshold=0.8, lang="en"):
         pieces = prepare.tokens(made.text, lang)
         made.key = zlib.crc32(" ".join(pieces).encode())
         made.signature = prepare.minhash(prepare.shingles(pieces, lang))
-    prepare.find_duplicates(documents, threshold, lambda d: prepare.shingles(prepare.tokens(d.text, lang), lang))
+    prepare.find_duplicates(
+        documents, threshold, lambda d: prepare.shingles(prepare.tokens(d.text, lang), lang)
+    )
     return [made.verdict[0] for made in documents]
 
 
@@ -301,30 +422,42 @@ def test_planted_duplicates_are_found():
     exact = [text.upper().replace(" ", "\n") for text in texts]
     assert marked(texts + near + exact) == [""] * 40 + ["near_duplicate"] * 40 + ["exact_duplicate"] * 40
     texts = [chinese(seed) for seed in range(40)]
-    assert marked(texts + [t[:60] + "改" + t[61:] for t in texts], lang="zh") == [""] * 40 + ["near_duplicate"] * 40
+    assert (
+        marked(texts + [t[:60] + "改" + t[61:] for t in texts], lang="zh")
+        == [""] * 40 + ["near_duplicate"] * 40
+    )
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.8, 0.9])
 def test_the_threshold_is_of_the_true_similarity(threshold):
     base = [f"w{i}" for i in range(400)]
     for cut in range(20, 220, 20):  # the first words stay, the rest is other: Jaccard is known exactly
-        other = base[:400 - cut] + [f"x{i}" for i in range(cut)]
+        other = base[: 400 - cut] + [f"x{i}" for i in range(cut)]
         similarity = (396 - cut) / (396 + cut)
-        assert marked([" ".join(base), " ".join(other)], threshold)[1] == ("near_duplicate" if similarity >= threshold else "")
+        assert marked([" ".join(base), " ".join(other)], threshold)[1] == (
+            "near_duplicate" if similarity >= threshold else ""
+        )
 
 
 # ---- Mixing and splitting ----------------------------------------------------------------------------------
 
 
 def pile(kind, count, size):
-    return [document("", kind=kind, bytes=size, key=random.Random(f"{kind}{i}").getrandbits(128)) for i in range(count)]
+    return [
+        document("", kind=kind, bytes=size, key=random.Random(f"{kind}{i}").getrandbits(128))
+        for i in range(count)
+    ]
 
 
 def shares_after(documents, shares, seed=1):
     notices = prepare.mix(documents, shares, seed)
     kept = [made for made in documents if not made.verdict[0]]
     total = sum(made.bytes for made in kept)
-    return {kind: sum(made.bytes for made in kept if made.kind == kind) / total for kind in prepare.KINDS}, kept, notices
+    return (
+        {kind: sum(made.bytes for made in kept if made.kind == kind) / total for kind in prepare.KINDS},
+        kept,
+        notices,
+    )
 
 
 def test_mix_reaches_the_shares_and_wastes_nothing():
@@ -333,14 +466,22 @@ def test_mix_reaches_the_shares_and_wastes_nothing():
     assert shares == pytest.approx({"web": 0.75, "papers": 0.15, "code": 0.1}, abs=0.01)
     assert sum(made.kind == "code" for made in kept) == 100 and not notices
     again = [Document("", "s", "o", d.kind, d.bytes, key=d.key) for d in reversed(documents)]
-    assert {d.key for d in shares_after(again, {"web": 75, "papers": 15, "code": 10})[1]} == {d.key for d in kept}
+    assert {d.key for d in shares_after(again, {"web": 75, "papers": 15, "code": 10})[1]} == {
+        d.key for d in kept
+    }
     other = [Document("", "s", "o", d.kind, d.bytes, key=d.key) for d in documents]
-    assert {d.key for d in shares_after(other, {"web": 75, "papers": 15, "code": 10}, seed=2)[1]} != {d.key for d in kept}
+    assert {d.key for d in shares_after(other, {"web": 75, "papers": 15, "code": 10}, seed=2)[1]} != {
+        d.key for d in kept
+    }
 
 
 def test_mix_without_a_kind():
-    shares, _, notices = shares_after(pile("web", 400, 50) + pile("code", 400, 50), {"web": 75, "papers": 15, "code": 10})
-    assert shares["web"] == pytest.approx(75 / 85, abs=0.01) and any("no papers" in notice for notice in notices)
+    shares, _, notices = shares_after(
+        pile("web", 400, 50) + pile("code", 400, 50), {"web": 75, "papers": 15, "code": 10}
+    )
+    assert shares["web"] == pytest.approx(75 / 85, abs=0.01) and any(
+        "no papers" in notice for notice in notices
+    )
     _, kept, notices = shares_after(pile("web", 400, 50) + pile("papers", 1, 50), {"web": 75, "papers": 15})
     assert len(kept) < 10 and any("papers is scarce" in notice for notice in notices)
 
@@ -352,6 +493,7 @@ def test_split_does_not_depend_on_order(keys, draw):
         documents = [document("", key=key) for key in order]
         prepare.split(documents)
         return {made.key: made.split for made in documents}
+
     shuffled = keys[:]
     draw.shuffle(shuffled)
     assert splits(keys) == splits(shuffled) and set(splits(keys).values()) == set(prepare.SPLITS)
@@ -361,7 +503,9 @@ def test_split_is_90_5_5_and_stays_when_documents_come_or_go():
     documents = [document("", key=random.Random(i).getrandbits(128)) for i in range(4000)]
     prepare.split(documents)
     before = {made.key: made.split for made in documents}
-    assert [sum(s == name for s in before.values()) / 4000 for name in prepare.SPLITS] == pytest.approx([0.9, 0.05, 0.05], abs=0.02)
+    assert [sum(s == name for s in before.values()) / 4000 for name in prepare.SPLITS] == pytest.approx(
+        [0.9, 0.05, 0.05], abs=0.02
+    )
     prepare.split(documents[::2])
     assert all(before[made.key] == made.split for made in documents)
 
@@ -375,16 +519,25 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     web = [{"text": english(i, 150), "source": "made up", "meta": {"n": i}} for i in range(900)]
     web += [{"text": chinese(i, 300)} for i in range(200)]
-    web += [{"text": web[3]["text"]}, {"text": web[4]["text"].replace("harbour", "port", 1)}, {"text": "too short"},
-            {"text": f"<p>{english(-1)}</p> anna@mail.example.com", "meta": {"label": 7}}]
+    web += [
+        {"text": web[3]["text"]},
+        {"text": web[4]["text"].replace("harbour", "port", 1)},
+        {"text": "too short"},
+        {"text": f"<p>{english(-1)}</p> anna@mail.example.com", "meta": {"label": 7}},
+    ]
     write(folder / "raw" / "web" / "pages.jsonl", web)
     with gzip.open(folder / "raw" / "papers.jsonl.gz", "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps({"text": english(f"p{i}", 80), "kind": "papers", "lang": "en"}) + "\n" for i in range(60))
+        file.writelines(
+            json.dumps({"text": english(f"p{i}", 80), "kind": "papers", "lang": "en"}) + "\n"
+            for i in range(60)
+        )
     for name in ("b", "a"):
         (folder / "raw" / "books").mkdir(exist_ok=True)
         (folder / "raw" / "books" / f"{name}.txt").write_text(english(name, 90), "utf-8")
-    write(folder / "raw" / "code" / "scripts.jsonl",
-          [{"text": f"def f{i}(x):\n    return x * {i}\n\n\nprint(f{i}({i * 7}))"} for i in range(40)])
+    write(
+        folder / "raw" / "code" / "scripts.jsonl",
+        [{"text": f"def f{i}(x):\n    return x * {i}\n\n\nprint(f{i}({i * 7}))"} for i in range(40)],
+    )
     assert run("--input", folder / "raw", "--out", folder / "corpus", "--mix", "none") == 0
     return folder
 
@@ -392,36 +545,65 @@ def world(tmp_path_factory):
 def test_corpus_records(world):
     records, dropped = corpus(world / "corpus"), read(world / "corpus" / "dropped.jsonl")
     assert {r["source"] for r in records.values()} == {"pages", "papers", "books", "scripts"}
-    assert all(list(r) in (["id", "text", "source", "kind", "lang", "origin"], ["id", "text", "source", "kind", "lang", "origin", "meta"])
-               for r in records.values())
+    assert all(
+        list(r)
+        in (
+            ["id", "text", "source", "kind", "lang", "origin"],
+            ["id", "text", "source", "kind", "lang", "origin", "meta"],
+        )
+        for r in records.values()
+    )
     assert {(r["source"], r["kind"], r["lang"]) for r in records.values()} == {
-        ("pages", "web", "en"), ("pages", "web", "zh"), ("papers", "papers", "en"), ("books", "web", "en"), ("scripts", "code", "code")}
+        ("pages", "web", "en"),
+        ("pages", "web", "zh"),
+        ("papers", "papers", "en"),
+        ("books", "web", "en"),
+        ("scripts", "code", "code"),
+    }
     assert records["pages-000000"]["origin"] == "made up" and records["pages-000000"]["meta"] == {"n": 0}
-    assert records["pages-000000"]["text"] == english(0, 150) and records["books-000000"]["text"] == english("a", 90)
-    assert records["pages-001103"]["text"].endswith(" [EMAIL]") and records["pages-001103"]["meta"] == {"label": 7}
+    assert records["pages-000000"]["text"] == english(0, 150) and records["books-000000"]["text"] == english(
+        "a", 90
+    )
+    assert records["pages-001103"]["text"].endswith(" [EMAIL]") and records["pages-001103"]["meta"] == {
+        "label": 7
+    }
     assert [(d["id"], d["reason"]) for d in dropped if d["source"] == "pages"] == [
-        ("pages-001100", "exact_duplicate"), ("pages-001101", "near_duplicate"), ("pages-001102", "too_short")]
+        ("pages-001100", "exact_duplicate"),
+        ("pages-001101", "near_duplicate"),
+        ("pages-001102", "too_short"),
+    ]
     assert "of pages-000003" in dropped[0]["detail"] and dropped[0]["text"] == english(3, 150)[:200]
 
 
 def test_report_adds_up(world):
     report = json.loads((world / "corpus" / "report.json").read_text("utf-8"))
     records, dropped = corpus(world / "corpus"), read(world / "corpus" / "dropped.jsonl")
-    assert report["all"]["read"] == len(records) + len(dropped) == 1206 and report["all"]["kept"] == len(records)
+    assert report["all"]["read"] == len(records) + len(dropped) == 1206 and report["all"]["kept"] == len(
+        records
+    )
     for title in ("kinds", "langs", "splits"):
         assert sum(group["documents"] for group in report[title].values()) == len(records)
-        assert sum(group["bytes"] for group in report[title].values()) == sum(len(r["text"].encode()) for r in records.values())
+        assert sum(group["bytes"] for group in report[title].values()) == sum(
+            len(r["text"].encode()) for r in records.values()
+        )
     assert report["changed"] == {"html": 1, "email": 1}
     assert json.loads((world / "corpus" / "run.json").read_text("utf-8"))["finished"] is True
 
 
 def bytes_of(out):
-    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file() and path.name != "run.json"}
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and path.name != "run.json"
+    }
 
 
 def test_rerun_and_number_of_processes_give_the_same_bytes(world):
     for processes, name in ((1, "one"), (3, "three")):
-        assert run("--input", world / "raw", "--out", world / name, "--mix", "none", "--processes", processes) == 0
+        assert (
+            run("--input", world / "raw", "--out", world / name, "--mix", "none", "--processes", processes)
+            == 0
+        )
         assert bytes_of(world / name) == bytes_of(world / "corpus")
 
 
@@ -442,7 +624,9 @@ def test_finished_out_is_kept_and_foreign_folders_are_never_touched(world, capsy
     assert run("--input", world / "raw", "--out", world / "mine", "--overwrite") == 2
     assert (world / "mine" / "run.json").exists() and "no corpus" in capsys.readouterr().err
     assert run("--input", world / "raw" / "books", "--out", world / "books", "--mix", "none") == 0
-    assert run("--input", world / "raw" / "books", "--out", world / "books", "--mix", "none", "--overwrite") == 0
+    assert (
+        run("--input", world / "raw" / "books", "--out", world / "books", "--mix", "none", "--overwrite") == 0
+    )
 
 
 def test_an_interrupted_run_leaves_nothing_that_looks_finished(world, monkeypatch):
@@ -460,34 +644,56 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(world, monkeypatc
 GOOD = json.dumps({"text": english(1)})
 
 
-@pytest.mark.parametrize("line, message", [
-    ('{"text": "abc', "bad.jsonl:2: Unterminated"), ("[1, 2]", "bad.jsonl:2: expected a JSON object, found list"),
-    ('{"text": 5}', "bad.jsonl:2: `text` must be a string, found int"), ('{"body": "x"}', "bad.jsonl:2: `text` must be a string"),
-    ('{"text": "x", "score": NaN}', "bad.jsonl:2: NaN"), ("[" * 100_000, "bad.jsonl:2:"),
-])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"text": "abc', "bad.jsonl:2: Unterminated"),
+        ("[1, 2]", "bad.jsonl:2: expected a JSON object, found list"),
+        ('{"text": 5}', "bad.jsonl:2: `text` must be a string, found int"),
+        ('{"body": "x"}', "bad.jsonl:2: `text` must be a string"),
+        ('{"text": "x", "score": NaN}', "bad.jsonl:2: NaN"),
+        ("[" * 100_000, "bad.jsonl:2:"),
+    ],
+)
 def test_malformed_line(tmp_path, capsys, line, message):
     (tmp_path / "bad.jsonl").write_text(f"{GOOD}\n{line}\n{json.dumps({'text': english(2)})}\n")
     assert run("--input", tmp_path / "bad.jsonl", "--out", tmp_path / "out", "--mix", "none") == 2
     error = capsys.readouterr().err
-    assert message in error and "--skip-bad" in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
-    assert run("--input", tmp_path / "bad.jsonl", "--out", tmp_path / "out", "--mix", "none", "--skip-bad") == 0
+    assert (
+        message in error
+        and "--skip-bad" in error
+        and error.count("\n") == 1
+        and not (tmp_path / "out").exists()
+    )
+    assert (
+        run("--input", tmp_path / "bad.jsonl", "--out", tmp_path / "out", "--mix", "none", "--skip-bad") == 0
+    )
     assert "1 malformed" in capsys.readouterr().out
-    assert [(d["id"], d["reason"]) for d in read(tmp_path / "out" / "dropped.jsonl")] == [("bad-000001", "malformed")]
+    assert [(d["id"], d["reason"]) for d in read(tmp_path / "out" / "dropped.jsonl")] == [
+        ("bad-000001", "malformed")
+    ]
     assert set(corpus(tmp_path / "out")) == {"bad-000000", "bad-000002"}
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--input", "nowhere", "--out", "o"], "nowhere: not found"), (["--input", "empty.jsonl", "--out", "o"], "no text in it"),
-    (["--input", "folder", "--out", "o"], "no text in it"), (["--input", "picture.png", "--out", "o"], "unknown kind of file"),
-    (["--input", "short.jsonl", "--out", "o"], "nothing is left after cleaning: 2 too_short"),
-    (["--input", "good.jsonl", "--out", "o", "--mix", "web=x"], "--mix web=x"),
-    (["--input", "good.jsonl", "--out", "o", "--mix", "web=1", "web=2"], "--mix web=2"),
-    (["--input", "good.jsonl", "--out", "o", "--mix", "code=1"], "only web"),
-    (["--input", "good.jsonl", "--out", "o", "--near-duplicate", "1.5"], "--near-duplicate"),
-    (["--input", "good.jsonl", "--out", "o", "--procesess", "2"], "--procesess"), (["--out", "o"], "--input"),
-    (["--input", "cut.jsonl.gz", "--out", "o"], "not a whole gzip file"), (["--input", "plain.jsonl.gz", "--out", "o"], "not a whole gzip"),
-    (["--input", "folder", "--out", "folder/o"], "lies inside"),
-])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--input", "nowhere", "--out", "o"], "nowhere: not found"),
+        (["--input", "empty.jsonl", "--out", "o"], "no text in it"),
+        (["--input", "folder", "--out", "o"], "no text in it"),
+        (["--input", "picture.png", "--out", "o"], "unknown kind of file"),
+        (["--input", "short.jsonl", "--out", "o"], "nothing is left after cleaning: 2 too_short"),
+        (["--input", "good.jsonl", "--out", "o", "--mix", "web=x"], "--mix web=x"),
+        (["--input", "good.jsonl", "--out", "o", "--mix", "web=1", "web=2"], "--mix web=2"),
+        (["--input", "good.jsonl", "--out", "o", "--mix", "code=1"], "only web"),
+        (["--input", "good.jsonl", "--out", "o", "--near-duplicate", "1.5"], "--near-duplicate"),
+        (["--input", "good.jsonl", "--out", "o", "--procesess", "2"], "--procesess"),
+        (["--out", "o"], "--input"),
+        (["--input", "cut.jsonl.gz", "--out", "o"], "not a whole gzip file"),
+        (["--input", "plain.jsonl.gz", "--out", "o"], "not a whole gzip"),
+        (["--input", "folder", "--out", "folder/o"], "lies inside"),
+    ],
+)
 def test_bad_input_is_told_in_one_line(tmp_path, monkeypatch, capsys, argv, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
