@@ -313,10 +313,9 @@ def read_if_there(path):
 
 def seconds_of(folders, run):
     """{stage: wall seconds}, as each stage noted them in its folder."""
-    places = {"island": run / "island" / "island.json", "prepare": run / "corpus" / "run.json",
-              "tokenizer": run / "tokenizer" / "run.json", "tokens": run / "tokens" / "index.json"}
-    places |= {name: folder / "run.json" for name, folder in folders.items()}
-    noted = {stage: read_if_there(path).get("seconds") for stage, path in places.items()}
+    places = {"island": run / "island", "prepare": run / "corpus", "tokenizer": run / "tokenizer",
+              "tokens": run / "tokens", **folders}
+    noted = {stage: read_if_there(folder / "run.json").get("seconds") for stage, folder in places.items()}
     return {stage: round(seconds, 1) for stage, seconds in noted.items() if seconds is not None}
 
 

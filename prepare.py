@@ -131,7 +131,7 @@ def normalise(text: str) -> str:
 
 # ---- Language and HTML -------------------------------------------------------------------------------------
 
-FENCED = regex.compile(r"^ *(```|~~~).*?(?:^ *\1|\Z)", regex.M | regex.S)
+FENCED = regex.compile(r"^ *```.*?(?:^ *```|\Z)", regex.M | regex.S)
 LATIN, OTHER = regex.compile(r"\p{Latin}"), regex.compile(r"[\p{L}--\p{Han}--\p{Latin}]", regex.V1)
 
 
@@ -152,7 +152,7 @@ def detect_language(text: str) -> str:
     return "other" if len(words) >= 20 and foreign > max(0.08 * len(words), 2 * english) else "en"
 
 
-HTML = regex.compile(r"^ *(?:```|~~~).*?(?:^ *(?:```|~~~)|\Z)|`[^`\n]+`|<!--|<(?:!doctype|\?)[^<>]*>"
+HTML = regex.compile(r"^ *```.*?(?:^ *```|\Z)|`[^`\n]+`|<!--|<(?:!doctype|\?)[^<>]*>"
                      r"|<(/?)([a-z][\w:-]*)(?:\s[^<>]*)?/?>", regex.M | regex.S | regex.I)
 ENTITIES = html.entities.html5
 ENTITY = regex.compile(r"&(?:(#\d{1,7}|#x[0-9a-f]{1,6})|[a-z][a-z0-9]{1,30});", regex.I)

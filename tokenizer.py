@@ -793,7 +793,13 @@ def train(argv):
     tokenizer.save(options.out)
     if tokenizer.vocab_size < options.vocab_size:
         print(f"the vocabulary ends early: no other pair is seen {options.min_frequency} times")
+    note_seconds(options.out, "tokenizer", start)
     print(f"vocabulary of {tokenizer.vocab_size:,} in {options.out}, {time.perf_counter() - start:.1f} s")
+
+
+def note_seconds(folder, stage, start):
+    run = {"stage": stage, "seconds": time.perf_counter() - start, "finished": True}
+    write_whole(Path(folder) / "run.json", (json.dumps(run) + "\n").encode())
 
 
 PARALLEL_BYTES = 32_000_000  # below this, starting processes costs more than it gains
@@ -832,6 +838,7 @@ def encode(argv):
     index = {"tokenizer": tokenizer.hash, "vocab_size": tokenizer.vocab_size, "dtype": dtype}
     index |= {"endoftext": tokenizer.endoftext, "shards": shards, "finished": True}
     write_whole(out / "index.json", (json.dumps(index) + "\n").encode())
+    note_seconds(out, "tokens", start)
     print_summary(shards)
     print(f"tokens in {out}, {time.perf_counter() - start:.1f} s")
 

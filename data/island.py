@@ -18,6 +18,7 @@ import hashlib
 import json
 import re
 import sys
+import time
 import tomllib
 import warnings
 from collections import defaultdict
@@ -684,7 +685,7 @@ def write_island(out: Path, seed: int, scale: float) -> dict:
     """Writes all files; returns the number of records of each."""
     from island_text import pretraining  # here, since it imports this file; scorers need none of it
 
-    world = world_of(seed)
+    began, world = time.perf_counter(), world_of(seed)
     share = min(1, .2 + scale)  # a small island still needs chats enough to learn from
     sft = {kind: max(2, round(count * share / 2)) for kind, count in SFT.items()}
     few = {kind: max(2, count // 10) for kind, count in sft.items()}
@@ -697,8 +698,9 @@ def write_island(out: Path, seed: int, scale: float) -> dict:
     for name, records in files.items():
         write_jsonl(out / name, records)
     counts = {name: len(records) for name, records in files.items()}
-    about = {"seed": seed, "scale": scale, "records": counts, "finished": True}
-    (out / "island.json").write_text(json.dumps(about, indent=1) + "\n")
+    run = {"stage": "island", "seed": seed, "scale": scale, "records": counts,
+           "seconds": time.perf_counter() - began, "finished": True}
+    (out / "run.json").write_text(json.dumps(run, indent=1) + "\n")
     return counts
 
 
@@ -722,7 +724,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError("--out FOLDER is needed, or --check-cleaning CORPUS")
     if not options.scale > 0:
         raise ValueError(f"--scale {options.scale}: expected more than 0")
-    if not options.check_cleaning and (options.out / "island.json").exists() and not options.overwrite:
+    if not options.check_cleaning and (options.out / "run.json").exists() and not options.overwrite:
         raise ValueError(f"--out {options.out} is finished; --overwrite replaces it")
     return options
 

@@ -218,7 +218,7 @@ def spoil_lines(folder):
     (folder / "scorer.py").write_text("def score(prompt, answer, meta):\n    return {'gold': 1 / 0}\n")
     (folder / "reported.html").touch()
     (folder / "islanded").mkdir()
-    (folder / "islanded" / "island.json").touch()
+    (folder / "islanded" / "run.json").touch()
 
 
 def cut(path):
