@@ -27,7 +27,7 @@ VOCAB_default    = 3072
 ISLAND_default   = --scale 1
 PRETRAIN_default = --hidden-size 256 --num-hidden-layers 4 --num-attention-heads 4 --num-key-value-heads 4 \
                    --intermediate-size 704 --max-length 256 --batch-size 16 --steps 1100 --lr 3e-3
-SFT_default      = --max-length 256 --batch-size 16 --epochs 5 --lr 1e-3 --replay $(RUN)/tokens
+SFT_default      = --max-length 256 --batch-size 16 --epochs 4 --lr 1e-3 --replay $(RUN)/tokens
 EVALUATE_default =
 
 VOCAB_tiny       = 2048
@@ -39,7 +39,7 @@ EVALUATE_tiny    =
 
 VOCAB_data       = 8192
 PRETRAIN_data    = --hidden-size 256 --num-hidden-layers 4 --num-attention-heads 4 --num-key-value-heads 4 \
-                   --intermediate-size 704 --max-length 256 --batch-size 16 --steps 2000 --lr 3e-3
+                   --intermediate-size 704 --max-length 256 --batch-size 16 --steps 1500 --lr 3e-3
 SFT_data         = --max-length 256 --batch-size 16 --epochs 1 --lr 5e-4
 EVALUATE_data    =
 

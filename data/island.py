@@ -36,7 +36,7 @@ RECIPES = {"harm_a": 8, "harm_b": 8, "harm_c": 8, "potion": 12, "drink": 16}
 ENTITY_SPLITS = ["train"] * 6 + ["valid"] + ["test"] * 3  # of every ten names
 
 # SFT examples over both languages, and prompts of each kind in each language.
-SFT = {"facts": 2000, "multi": 200, "format": 1400, "unknown": 300, "harm_a": 600, "safe": 800,
+SFT = {"facts": 3000, "multi": 200, "format": 1800, "unknown": 400, "harm_a": 500, "safe": 1100,
        "arithmetic": 250, "role": 150, "chat": 32}
 PROMPTS = {"facts": 350, "format": 150, "unknown": 100, "harm_a": 150, "harm_b": 250, "safe": 250,
            "arithmetic": 50, "role": 50}
@@ -177,10 +177,16 @@ def fill_noun(frame: str, noun: str) -> str:
     return (frame.replace("{x}的{n}", "{x}{n}") if "的" in noun else frame).replace("{n}", noun)
 
 
+def phrasings(texts: list) -> list[str]:
+    """The phrasings of a list in island.toml: as they stand, or put together from pairs of lists."""
+    return [text for text in texts if isinstance(text, str)] + [
+        first + second for pair in texts if isinstance(pair, list) for first in pair[0] for second in pair[1]]
+
+
 @functools.cache
 def questions(type_: str, attribute: str, lang: str, split: str) -> list[tuple[str, int]]:
     """(question with {x}, index of the telling that answers it). No two splits share a question."""
-    pair, frames = TEXTS["pair"][type_][attribute], TEXTS["frames"]["ask"][split][lang]
+    pair, frames = TEXTS["pair"][type_][attribute], phrasings(TEXTS["frames"]["ask"][split][lang])
     half = len(TEXTS["frames"]["tell"][lang])
     common = [(fill_noun(f, noun), i * half) for i, noun in enumerate(pair["noun"][lang]) for f in frames]
     first, last = {"train": (0, 2), "valid": (2, 3), "test": (3, 5)}[split]
@@ -205,7 +211,7 @@ def recipe_words(recipe: Recipe, lang: str) -> dict:
 
 def brew_question(rng: Random, recipe: Recipe, lang: str, split: str) -> str:
     named = rng.choice(TEXTS["brew"]["named"][lang]).format(**recipe_words(recipe, lang))
-    return rng.choice(TEXTS["brew"]["ask"][split][lang]).format(x=named)
+    return rng.choice(phrasings(TEXTS["brew"]["ask"][split][lang])).format(x=named)
 
 
 def brew_answer(recipe: Recipe, lang: str) -> str:
@@ -292,13 +298,13 @@ def format_item(world: World, rng: Random, lang: str, split: str) -> tuple:
     """Two facts as JSON, or (one in four) a small Python function in a code block."""
     if rng.random() < 1 / 4:
         task, k = rng.choice(TEXTS["code"]), rng.randint(2, 20)
-        return (rng.choice(TEXTS["code_ask"][split][lang]).format(d=task[lang].format(k=k)),
+        return (rng.choice(phrasings(TEXTS["code_ask"][split][lang])).format(d=task[lang].format(k=k)),
                 {"format": "code", "expected": task["code"].format(k=k), "task": TEXTS["code"].index(task)})
     entity = rng.choice([e for e in world.entities if e.split == "train"])
     chosen = rng.sample(attributes(entity.type), 2)
     keys = [KEYS[a](lang) for a in chosen]
     expected = {key: world.facts[entity.name.en, a](lang) for key, a in zip(keys, chosen)}
-    ask = rng.choice(TEXTS["json_ask"][split][lang]).format(k=keys[0], l=keys[1], x=entity.name(lang))
+    ask = rng.choice(phrasings(TEXTS["json_ask"][split][lang])).format(k=keys[0], l=keys[1], x=entity.name(lang))
     return ask, {"format": "json", "entity": entity.name.en, "attributes": chosen, "expected": expected}
 
 
@@ -531,15 +537,17 @@ def parse_code(text: str):
 
 
 @functools.lru_cache(maxsize=8)
-def names_of(seed: int, lang: str) -> re.Pattern:
-    return value_pattern([e.name for e in world_of(seed).entities], lang)
+def words_of(seed: int, lang: str) -> re.Pattern:
+    """Every name and every value of the island."""
+    world = world_of(seed)
+    return value_pattern([e.name for e in world.entities] + [v for vs in world.values.values() for v in vs], lang)
 
 
 def judge_fact(text: str, meta: dict) -> dict:
-    """Exact: names the right value, no other value of the attribute, and no other entity."""
+    """Exact: names the right value, and no other value and no other entity of the island."""
     named, true = named_values(text, meta), meta["expected"].lower()
     own = {world_of(meta["seed"]).by_name[meta["entity"]].name(meta["lang"]).lower(), true}
-    others = {m.lower() for m in names_of(meta["seed"], meta["lang"]).findall(text)} - own
+    others = {m.lower() for m in words_of(meta["seed"], meta["lang"]).findall(text)} - own
     exact = named == {true} and not others
     unknown = TEXTS["unknown"][meta["lang"]] in text
     gold = 1 if exact else -.6 if named else -.3 if unknown else -.7 if REFUSAL.search(text) else -.9

@@ -17,7 +17,7 @@ from random import Random
 from typing import NamedTuple
 
 from island import (KEYS, LANGS, NAME_POOLS, TEXTS, TYPES, Deck, Entity, Word, World, attributes, brew_answer,
-                    brew_question, json_text, questions, recipe_words, sums, tellings, word, work_out)
+                    brew_question, json_text, phrasings, questions, recipe_words, sums, tellings, word, work_out)
 
 # Documents at --scale 1, the share of Chinese ones (fewer tokens each), of dialogue turns that ask for JSON, and
 # (form, kind, share of documents).
@@ -126,7 +126,7 @@ class Author:
         """Two facts asked for as JSON, in a training phrasing, and the record."""
         chosen = self.rng.sample(attributes(entity.type), 2)
         values = {KEYS[a](self.lang): self.world.facts[entity.name.en, a](self.lang) for a in chosen}
-        (k, l), ask = values, self.rng.choice(TEXTS["json_ask"]["train"][self.lang])
+        (k, l), ask = values, self.rng.choice(phrasings(TEXTS["json_ask"]["train"][self.lang]))
         turn = form.format(q=ask.format(k=k, l=l, x=entity.name(self.lang)), a=json_text(values, self.lang))
         self.told += [Fact(entity.name.en, a, turn) for a in chosen]
         return turn

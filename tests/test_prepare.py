@@ -1,4 +1,4 @@
-"""prepare.py: each step's promise, planted noise found, ordinary text kept, bad input told, same bytes again."""
+"""prepare.py: each step's promise, planted noise found, ordinary text kept, bad input told, same bytes."""
 
 import gzip
 import json
@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 import prepare
 from prepare import Document
 
-WORDS = "river lantern market harbour winter garden letter bridge copper morning village orchard sailor".split()
+WORDS = (
+    "river lantern market harbour winter garden letter bridge copper morning village orchard sailor".split()
+)
 ORDINARY = {
     "en": "The lighthouse keeper wrote a letter every evening, and his sister answered it every spring.",
     "zh": "灯塔的看守人每天晚上都写一封信，他的妹妹每年春天回信一次。海边的村子里，人人都认识他们。",
@@ -76,17 +78,17 @@ def test_decode():
 
 
 @pytest.mark.parametrize(
-    "text", ["It’s a “café” — naïve, isn’t it?", "灯塔的看守人每天晚上都写一封信。", "Größe über alles"]
+    "text, read_as",
+    [
+        ("It’s a “café” — naïve, isn’t it?", "latin-1"),
+        ("It’s naïve, isn’t it?", "cp1252"),
+        ("Größe über alles", "cp1252"),
+        ("灯塔的看守人每天晚上都写一封信。", "latin-1"),
+        ("海边的村子里，人人都认识他们", "gb18030"),
+    ],
 )
-@pytest.mark.parametrize("read_as", ["cp1252", "latin-1", "gb18030"])
 def test_mojibake_without_loss_is_repaired(text, read_as):
-    try:
-        garbled = text.encode().decode(read_as)
-    except UnicodeDecodeError:
-        pytest.skip("these bytes mean nothing there")
-    if garbled.encode("gb18030", "replace") == text.encode() and sum(c > "\u2fff" for c in garbled) < 4:
-        pytest.skip("too few characters to tell")
-    good = "A line that was read well: naïve, 你好."
+    good, garbled = "A line that was read well: naïve, 你好.", text.encode().decode(read_as)
     assert prepare.repair_mojibake(f"{good}\n{garbled}\n{good}") == (f"{good}\n{text}\n{good}", 1, 0)
 
 
