@@ -21,6 +21,7 @@ import shutil
 import signal
 import sys
 import time
+import timeit
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from kernels import linear_logprob, rms_norm
-from tokenizer import InputError, StreamDecoder, Tokenizer, encode_chat, one_line_errors, option, parse_options
+from tokenizer import (FILES, InputError, StreamDecoder, Tokenizer, encode_chat, one_line_errors, option,
+                       parse_options)
 
 # ---------------------------------------------------------------------------------------------------------
 # The decoder
@@ -91,7 +93,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        N, G, D, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
+        N, G = config.num_attention_heads, config.num_key_value_heads
+        D, H = config.head_dim, config.hidden_size
         self.head_dim = D
         self.q_proj = nn.Linear(H, N * D, bias=False)
         self.k_proj = nn.Linear(H, G * D, bias=False)
@@ -156,7 +159,8 @@ class Decoder(nn.Module):
     def forward(self, ids, positions=None, documents=None, cache=None):
         B, T = ids.shape
         if positions is None:
-            positions = torch.arange(T, device=ids.device).expand(B, T) if cache is None else cache.positions(T)
+            start = torch.arange(T, device=ids.device).expand(B, T)
+            positions = start if cache is None else cache.positions(T)
         mask = document_mask(documents) if cache is None else cache.mask(T)
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
         x = self.embed_tokens(ids)  # (B, T, H)
@@ -203,7 +207,7 @@ class CausalLM(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """N(0, 0.02), with what writes into the residual stream scaled by 1 / sqrt(2 L) (Radford et al. 2019)."""
+        """N(0, 0.02); what writes into the residual stream is scaled by 1 / sqrt(2 L) (Radford et al. 2019)."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -225,8 +229,9 @@ class Cache:
 
     def __init__(self, config: Config, start, columns, device, dtype):
         shape = (len(start), config.num_key_value_heads, columns, config.head_dim)  # (B, G, T, D)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.start = torch.as_tensor(start, device=device)  # (B,)
         self.padded = bool(self.start.any())
         self.length = 0
@@ -261,7 +266,7 @@ class Cache:
 
 
 def uniforms(seed, rows, token):
-    """One number in (0, 1) for each row, a pure function of (seed, row, token): splitmix64 (Steele et al. 2014).
+    """One number in (0, 1] for each row, a pure function of (seed, row, token): splitmix64 (Steele et al. 2014).
 
     So that the text of a row depends neither on its neighbours nor on how rows are spread over ranks.
     """
@@ -292,7 +297,7 @@ def filtered_logprobs(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
         cut.scatter_(-1, index[:, :1], False)  # the likeliest always stays
         logprobs = logprobs.masked_fill(cut, -math.inf).log_softmax(-1)
     if min_p > 0.0:
-        floor = logprobs.max(-1, keepdim=True).values + math.log(min_p)
+        floor = logprobs.max(-1, keepdim=True).values + math.log(min(min_p, 1.0))
         logprobs = logprobs.masked_fill(logprobs < floor, -math.inf).log_softmax(-1)
     return logprobs
 
@@ -310,6 +315,8 @@ def sample(logits, uniform, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0):
         cdf = logprobs.exp().cumsum(-1)  # (B, V)
         point = uniform.to(cdf.device)[:, None] * cdf[:, -1:]
         ids = torch.searchsorted(cdf, point, right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
+        cut = logprobs.gather(-1, ids[:, None])[:, 0] == -math.inf
+        ids = torch.where(cut, logprobs.argmax(-1), ids)  # where the sum's rounding led to a token that was cut
     return ids, logprobs.gather(-1, ids[:, None])[:, 0]
 
 
@@ -328,7 +335,7 @@ def generate_tokens(model, prompts, max_new_tokens, stop_ids, temperature=0.0, t
     """Yield (row, id, log-probability, finished) for each new token of each prompt, a step at a time.
 
     prompts: lists of ids, none empty. rows: each prompt's number in the whole run (sampling depends on it);
-    default 0, 1, 2, ... Rows that finished leave the batch. Raises InputError for a prompt beyond the context.
+    default 0, 1, 2, ... Rows that finished leave the batch. InputError for a prompt beyond the context.
     """
     device = next(model.parameters()).device
     longest, limit = max(map(len, prompts)), model.config.max_position_embeddings
@@ -365,8 +372,8 @@ def generate(model, prompts, max_new_tokens, stop_ids, temperature=0.0, top_k=0,
              rows=None):
     """Answers to prompts (lists of ids), as a list of Sample in the same order; see `generate_tokens`."""
     samples = [Sample([], [], False) for _ in prompts]
-    for row, token, logprob, finished in generate_tokens(model, prompts, max_new_tokens, set(stop_ids), temperature,
-                                                         top_k, top_p, min_p, seed, rows):
+    tokens = generate_tokens(model, prompts, max_new_tokens, set(stop_ids), temperature, top_k, top_p, min_p, seed, rows)
+    for row, token, logprob, finished in tokens:
         samples[row].ids.append(token)
         samples[row].logprobs.append(logprob)
         samples[row].finished = finished
@@ -378,7 +385,8 @@ def window_batch(tokens, indices, max_length, endoftext):
 
     Window w covers tokens w T to w T + T; each token's target is the next one, and that of the stream's last
     token is <|endoftext|>. Every document starts with <|endoftext|>: positions restart there, and `documents`
-    numbers them. A document cut by a window goes on in the next, without its start. Past the end targets are -1.
+    numbers them. A document cut by a window goes on in the next, without its start. Past the end targets
+    are -1.
     """
     T, offsets = max_length, np.arange(max_length + 1)
     rows = np.full((len(indices), T + 1), -1, np.int64)  # (B, T + 1)
@@ -397,7 +405,7 @@ def window_batch(tokens, indices, max_length, endoftext):
 def bits_per_byte(model, tokenizer, shards, max_length=256, batch_size=16, max_windows=None):
     """{language: bits per byte of text} over windows of `max_length` tokens, the first `max_windows` a shard.
 
-    The same windows wherever it is called from. A document's text is counted, its closing <|endoftext|> is not;
+    The same windows wherever it is called from. A document's text counts, its closing <|endoftext|> does not;
     bytes are those of the very tokens that were predicted, so that a part of a shard is measured exactly too.
     """
     device = next(model.parameters()).device
@@ -408,9 +416,9 @@ def bits_per_byte(model, tokenizer, shards, max_length=256, batch_size=16, max_w
         for first in range(0, count, batch_size):
             indices = range(first, min(first + batch_size, count))
             batch = window_batch(shard.tokens, indices, max_length, tokenizer.endoftext)
-            ids, positions, documents, targets = (torch.from_numpy(x).to(device) for x in batch)  # (B, T) each
-            weight = length[targets.clamp(min=0)] * (targets >= 0)
-            logprobs = model(ids, positions, documents, targets=targets)  # (B, T)
+            ids, positions, documents, targets = (torch.from_numpy(x).to(device) for x in batch)  # (B, T)
+            weight = (length[targets.clamp(min=0)] * (targets >= 0)).cpu()
+            logprobs = model(ids, positions, documents, targets=targets).cpu()  # (B, T); MPS has no float64
             nats[shard.lang] = nats.get(shard.lang, 0.0) - (logprobs.double() * (weight > 0)).sum().item()
             size[shard.lang] = size.get(shard.lang, 0) + weight.sum().item()
     return {lang: nats[lang] / math.log(2) / size[lang] for lang in sorted(nats) if size[lang]}
@@ -421,7 +429,7 @@ def bits_per_byte(model, tokenizer, shards, max_length=256, batch_size=16, max_w
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer with a trained low-rank addition; B starts at zero, so that nothing changes at first."""
+    """A frozen linear layer with a trained low-rank addition; B starts at zero: nothing changes at first."""
 
     def __init__(self, base: nn.Linear, r, alpha, seed):
         super().__init__()
@@ -437,7 +445,8 @@ class LoraLinear(nn.Module):
         return self.base_layer(x) + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scaling
 
     def merged(self):
-        return self.base_layer.weight + self.scaling * (self.lora_B @ self.lora_A).to(self.base_layer.weight.dtype)
+        weight = self.base_layer.weight
+        return weight + self.scaling * (self.lora_B @ self.lora_A).to(weight.dtype)
 
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -490,29 +499,33 @@ def read_json(path):
 
 
 def write_json(path, value):
-    """Write a JSON file whole or not at all: under a temporary name, synced, renamed."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path, text):
+    """Write a file whole or not at all: under a temporary name, synced, renamed."""
     temporary = Path(f"{path}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
-# What would change the numbers and is not in this file: the value that means "off", and any other is an error.
-MUST_BE = {"attention_bias": False, "hidden_act": "silu", "use_sliding_window": False, "attention_dropout": 0.0,
-           "quantization_config": None}
+# What would change the numbers and is not in this file: the value that means "off"; any other is an error.
+MUST_BE = {"attention_bias": False, "hidden_act": "silu", "use_sliding_window": False,
+           "attention_dropout": 0.0, "quantization_config": None}
 
 
 def read_config(folder):
-    """config.json -> Config. Absent keys take Qwen3's defaults; what is not supported is an error naming it."""
+    """config.json -> Config. Absent keys take Qwen3's defaults; what is not supported is an error."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise InputError(f"{folder}: not a model folder (no config.json there)")
     raw = read_json(path)
-    architecture = ", ".join(map(str, raw.get("architectures") or ["?"]))
-    if architecture != "Qwen3ForCausalLM":
-        raise InputError(f"{path}: architecture {architecture} is not supported; Qwen3ForCausalLM is")
+    architectures = raw.get("architectures")
+    if architectures != ["Qwen3ForCausalLM"]:
+        raise InputError(f"{path}: architectures {architectures} is not supported; Qwen3ForCausalLM is")
     for key, value in MUST_BE.items():
         if raw.get(key, value) not in (value, None):
             raise InputError(f"{path}: {key} = {raw[key]!r} is not supported")
@@ -523,7 +536,8 @@ def read_config(folder):
         raise InputError(f"{path}: RoPE type {rope.get('rope_type', rope.get('type'))!r} is not supported")
     raw = raw | {"rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10000.0))}
     known = {field.name: field for field in dataclasses.fields(Config)}
-    missing = [name for name, field in known.items() if field.default is dataclasses.MISSING and name not in raw]
+    missing = [name for name, field in known.items()
+               if field.default is dataclasses.MISSING and name not in raw]
     if missing:
         raise InputError(f"{path}: {', '.join(missing)} missing")
     values = {name: raw[name] for name in known if name in raw}
@@ -535,20 +549,21 @@ def read_config(folder):
 
 
 def config_json(config: Config, tokenizer):
-    """The config.json of a folder we create: both dialects (rope_theta and rope_parameters, dtype and torch_dtype)."""
+    """The config.json of a folder we create, in both dialects (rope_theta and rope_parameters, ...)."""
     theta = float(config.rope_theta)
     return {
         "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **dataclasses.asdict(config),
-        "rope_theta": theta, "rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "rope_theta": theta, "rope_scaling": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
         "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02,
         "use_sliding_window": False, "sliding_window": None, "max_window_layers": config.num_hidden_layers,
-        "use_cache": True, "bos_token_id": None, "eos_token_id": tokenizer.im_end, "pad_token_id": tokenizer.pad,
-        "dtype": "float32", "torch_dtype": "float32",
+        "use_cache": True, "bos_token_id": None, "eos_token_id": tokenizer.im_end,
+        "pad_token_id": tokenizer.pad, "dtype": "float32", "torch_dtype": "float32",
     }
 
 
 def read_weights(folder):
-    """{name: tensor} of model.safetensors, one file or sharded, memory-mapped. InputError for a damaged one."""
+    """{name: tensor} of model.safetensors, one file or sharded, memory-mapped. InputError if damaged."""
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     weight_map = read_json(index).get("weight_map") if index.exists() else {"": "model.safetensors"}
@@ -576,17 +591,19 @@ def load_weights(model, weights, where):
     if model.config.tie_word_embeddings:
         weights = {k: v for k, v in weights.items() if k != "lm_head.weight"}
         own = {k: v for k, v in own.items() if k != "lm_head.weight"}
-    for problem, names in (("missing", own.keys() - weights.keys()), ("unexpected", weights.keys() - own.keys())):
+    missing, unexpected = own.keys() - weights.keys(), weights.keys() - own.keys()
+    for problem, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
             raise InputError(f"{where}: {len(names)} {problem} tensors, {sorted(names)[0]} among them")
     for name, tensor in own.items():
         if tensor.shape != weights[name].shape:
-            raise InputError(f"{where}: {name} is {tuple(weights[name].shape)}, expected {tuple(tensor.shape)}")
+            found, expected = tuple(weights[name].shape), tuple(tensor.shape)
+            raise InputError(f"{where}: {name} is {found}, expected {expected}")
         tensor.copy_(weights[name])
 
 
 def load_folder(folder, device="cpu", dtype=torch.float32):
-    """A checkpoint folder -> (CausalLM, Tokenizer). A LoRA adapter's folder gives its base with the adapter merged.
+    """A checkpoint folder -> (CausalLM, Tokenizer). A LoRA adapter's folder gives its base, adapter merged.
 
     Raises InputError for a folder that is missing, damaged, or of an unsupported kind.
     """
@@ -603,8 +620,8 @@ def load_folder(folder, device="cpu", dtype=torch.float32):
     model.stored_dtype = weights["model.embed_tokens.weight"].dtype
     tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab_size > config.vocab_size:
-        raise InputError(f"{folder}: its tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}: "
-                         "it is another model's")
+        raise InputError(f"{folder}: its tokenizer has {tokenizer.vocab_size} ids, the model "
+                         f"{config.vocab_size}: it is another model's")
     return model, tokenizer
 
 
@@ -620,25 +637,26 @@ def load_adapter(folder, device, dtype):
     tensors = read_safetensors(folder / "adapter_model.safetensors")
     tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
     rows = tensors.pop(TRAINED_ROWS, None)
-    own = {n.replace("lora_A", "lora_A.weight").replace("lora_B", "lora_B.weight"): p
-           for n, p in model.named_parameters() if "lora_" in n}
+    own = {f"{name}.weight": p for name, p in model.named_parameters() if "lora_" in name}
     if own.keys() != tensors.keys():
         raise InputError(f"{folder}: tensors do not fit the base: {sorted(own.keys() ^ tensors.keys())[0]}")
-    wrong = [name for name in own if own[name].shape != tensors[name].shape]
-    if wrong:
-        found, expected = tuple(tensors[wrong[0]].shape), tuple(own[wrong[0]].shape)
-        raise InputError(f"{folder}: {wrong[0]} is {found}, expected {expected}")
     with torch.no_grad():
         for name, parameter in own.items():
+            if parameter.shape != tensors[name].shape:
+                found, expected = tuple(tensors[name].shape), tuple(parameter.shape)
+                raise InputError(f"{folder}: {name} is {found}, expected {expected}")
             parameter.copy_(tensors[name])
         if rows is not None:
-            model.model.embed_tokens.weight[settings["trainable_token_indices"]["embed_tokens"]] = rows.to(device, dtype)
+            token_ids = settings["trainable_token_indices"]  # a list, or a list for each layer
+            token_ids = token_ids["embed_tokens"] if isinstance(token_ids, dict) else token_ids
+            model.model.embed_tokens.weight[token_ids] = rows.to(device, dtype)
     return merge_lora(model), tokenizer
 
 
 # As in MUST_BE: settings of PEFT's that would change the numbers, and are not in this file.
-ADAPTER_MUST_BE = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "bias": "none", "rank_pattern": {},
-                   "alpha_pattern": {}, "modules_to_save": None, "layers_to_transform": None, "fan_in_fan_out": False}
+ADAPTER_MUST_BE = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "bias": "none",
+                   "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None,
+                   "layers_to_transform": None, "fan_in_fan_out": False}
 
 
 def read_adapter_config(path):
@@ -649,7 +667,7 @@ def read_adapter_config(path):
             raise InputError(f"{path}: {key} = {settings[key]!r} is not supported")
     kinds = {"base_model_name_or_path": str, "r": int, "lora_alpha": (int, float), "target_modules": list}
     for key, kind in kinds.items():
-        if not isinstance(settings.get(key), kind):
+        if not isinstance(settings.get(key), kind) or (key == "r" and settings["r"] < 1):
             raise InputError(f"{path}: {key} = {settings.get(key)!r} is not supported")
     return settings
 
@@ -663,8 +681,8 @@ def save_adapter(folder, model, base, r, alpha, token_ids):
     tensors = {"base_model.model." + name + ".weight": p.detach().cpu().contiguous()
                for name, p in model.named_parameters() if "lora_" in name}
     targets = sorted({name.split(".")[-3] for name in tensors})
-    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": os.path.relpath(base, folder),
-                "r": r, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM",
+                "base_model_name_or_path": os.path.relpath(base, folder), "r": r, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
                 "inference_mode": True, "target_modules": targets}
     if token_ids:
         rows = model.model.embed_tokens.weight.detach()[token_ids].cpu().contiguous()
@@ -676,7 +694,7 @@ def save_adapter(folder, model, base, r, alpha, token_ids):
 
 
 def copy_tokenizer(source, folder):
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in FILES:
         if (Path(source) / name).exists():
             shutil.copyfile(Path(source) / name, Path(folder) / name)
 
@@ -695,7 +713,7 @@ def write_safetensors(path, tensors):
 
 
 def save_folder(folder, model, tokenizer, max_shard=5 * 2**30):
-    """Write a Hugging Face model folder. One that was loaded keeps its config.json, tokenizer files and dtype.
+    """Write a Hugging Face model folder. One that was loaded keeps its config, tokenizer files and dtype.
 
     model.safetensors is renamed into place last; above `max_shard` bytes it is sharded with an index.
     """
@@ -704,8 +722,9 @@ def save_folder(folder, model, tokenizer, max_shard=5 * 2**30):
     if model.source is None:
         tokenizer.save(folder)
         write_json(folder / "config.json", config_json(model.config, tokenizer))
-        write_json(folder / "generation_config.json", {"eos_token_id": [tokenizer.im_end, tokenizer.endoftext],
-                                                       "pad_token_id": tokenizer.pad, "do_sample": False})
+        eos = [tokenizer.im_end, tokenizer.endoftext]
+        write_json(folder / "generation_config.json",
+                   {"eos_token_id": eos, "pad_token_id": tokenizer.pad, "do_sample": False})
     elif model.source.resolve() != folder.resolve():
         for file in sorted(model.source.iterdir()):
             if file.suffix in (".json", ".model", ".txt", ".jinja") and file.name not in NOT_COPIED:
@@ -728,14 +747,15 @@ def save_folder(folder, model, tokenizer, max_shard=5 * 2**30):
         write_safetensors(folder / name, shard)
     weight_map = {key: name for name, shard in zip(names, shards) for key in shard}
     total = sum(tensor.nbytes for tensor in tensors.values())
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(folder / "model.safetensors.index.json", index)
 
 
 NOT_COPIED = ("run.json", "metrics.jsonl", "model.safetensors.index.json", "adapter_config.json")
 
 
 def stop_ids(folder, tokenizer):
-    """Ids that end an answer: eos_token_id of generation_config.json (a number or a list), else of config.json."""
+    """Ids that end an answer: eos_token_id (a number or a list) of generation_config.json, or config.json."""
     for name in ("generation_config.json", "config.json"):
         path = Path(folder) / name
         eos = read_json(path).get("eos_token_id") if path.exists() else None
@@ -762,7 +782,8 @@ class Ranks:
 
     def sum(self, *values):
         """Each value added up over all ranks, in float64."""
-        total = torch.tensor(values, dtype=torch.float64, device="cpu" if self.device.type == "mps" else self.device)
+        device = "cpu" if self.device.type == "mps" else self.device  # MPS has no float64
+        total = torch.tensor(values, dtype=torch.float64, device=device)
         if self.world_size > 1:
             dist.all_reduce(total)
         return total.tolist()
@@ -775,16 +796,17 @@ class Ranks:
 
 def pick_device(name="auto"):
     """auto: cuda, else mps, else cpu; or what is asked for, where it is there."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
+        name = next(kind for kind, count in available.items() if count)
     try:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"--device {name}: not a device; one of {', '.join(available)}") from None
-    if not available.get(device.type, False) or (device.type == "cuda" and
-                                                 (device.index or 0) >= torch.cuda.device_count()):
+    if (device.index or 0) >= available.get(device.type, 0):
         raise InputError(f"--device {name}: not available on this machine")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # Triton and nccl use the current one
     return device
 
 
@@ -793,12 +815,14 @@ def process_group(device_name):
     """Ranks of this run; under torchrun a process group around it (nccl on GPUs, gloo on CPUs)."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(device_name)
+    if world_size > 1 and device.type == "mps":
+        raise InputError("--device mps is for one process; several need --device cpu")
     if world_size > 1 and device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        cuda = device.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     try:
         yield Ranks(rank, world_size, device)
     finally:
@@ -822,21 +846,15 @@ def wrap_ddp(model, ranks):
 
 
 def probe_dtype(device):
-    """The dtype that multiplies matrices fastest here: bf16 pays only where the processor has units for it."""
+    """The dtype that multiplies matrices fastest: bf16 pays only where the processor has units for it."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if device.type == "mps":
         return "fp32"
-    seconds = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        a = torch.randn(768, 768).to(dtype)
-        times = []
-        for _ in range(5):
-            begin = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - begin)
-        seconds[name] = min(times)
-    return "bf16" if seconds["bf16"] * 1.3 < seconds["fp32"] else "fp32"
+    fp32 = torch.randn(768, 768)
+    bf16 = fp32.to(torch.bfloat16)
+    seconds = [min(timeit.repeat(lambda: a @ a, number=1, repeat=5)) for a in (fp32, bf16)]
+    return "bf16" if seconds[1] * 1.3 < seconds[0] else "fp32"
 
 
 def autocast(device, dtype):
@@ -847,14 +865,14 @@ def autocast(device, dtype):
 
 
 def choose_dtype(options, ranks, run):
-    """--dtype, or the probe's answer where it is auto; kept in run.json, so that a resumed run goes on with it."""
+    """--dtype, or the probe's answer where it is auto; kept in run.json for when the run is resumed."""
     if "dtype" not in run:
         run["dtype"] = agree(ranks, options.dtype if options.dtype != "auto" else probe_dtype(ranks.device))
         say(ranks, f"dtype {run['dtype']}")
     return run["dtype"]
 
 
-COMPILE_SECONDS, COMPILE_SAVES = 30, 0.3  # what compiling costs on a slow machine; the share of eager time it saves
+COMPILE_SECONDS, COMPILE_SAVES = 30, 0.3  # what it costs on a slow machine; the share of eager time it saves
 
 
 def choose_compile(options, ranks, run, model, one_step, steps):
@@ -862,19 +880,20 @@ def choose_compile(options, ranks, run, model, one_step, steps):
 
     `one_step` is timed in eager mode for that; kept in run.json, so that a resumed run goes on the same way.
     """
+    use = run.get("compile", options.compile)
+    if use is None or ranks.world_size > 1:
+        one_step()  # warms up; DDP lays out its buckets by it: a resumed run must add up in the same order
     if "compile" not in run:
-        use = options.compile
         if use is None:
-            one_step()  # the first step warms up
             began = time.monotonic()
             one_step()
             saved = (time.monotonic() - began) * steps * COMPILE_SAVES
             use = ranks.device.type != "mps" and saved > COMPILE_SECONDS
-            model.zero_grad(set_to_none=True)
         run["compile"] = agree(ranks, use and compiler_works(ranks.device))
         say(ranks, f"torch.compile {'on' if run['compile'] else 'off'}")
         if ranks.first:
             write_json(Path(options.out) / "run.json", run)
+    model.zero_grad(set_to_none=True)
     if run["compile"]:
         model.compile()
 
@@ -885,7 +904,8 @@ def compiler_works(device):
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
         return True
     except Exception as error:  # whatever it is, eager runs
-        print(f"torch.compile does not work here, going on without it: {type(error).__name__}", file=sys.stderr)
+        name = type(error).__name__
+        print(f"torch.compile does not work here, going on without it: {name}", file=sys.stderr)
         return False
 
 
@@ -960,19 +980,20 @@ class Stepper:
             self.scale = max(1.0, self.scale / 2)
         self.optimizer.zero_grad(set_to_none=True)
         if self.bad == 3:
-            raise InputError("loss or gradient was not finite three steps in a row: the last good state is kept; "
-                             "lower --lr or use --dtype fp32")
+            raise InputError("loss or gradient was not finite three steps in a row: the last good state is "
+                             "kept; lower --lr or use --dtype fp32")
         return norm
 
     def state(self):
         return {"scale": self.scale, "good": self.good, "bad": self.bad, "skipped": self.skipped}
 
     def load_state(self, state):
-        self.scale, self.good, self.bad, self.skipped = (state[k] for k in ("scale", "good", "bad", "skipped"))
+        self.scale, self.good = state["scale"], state["good"]
+        self.bad, self.skipped = state["bad"], state["skipped"]
 
 
 def fingerprint(paths):
-    """A short hash of files by name, size and content's first and last MB: whether a run's inputs are the same."""
+    """A short hash of files by name, size, first and last MB: whether a run's inputs are the same."""
     digest = hashlib.sha256()
     for path in sorted(map(Path, paths)):
         size = path.stat().st_size
@@ -984,13 +1005,8 @@ def fingerprint(paths):
     return digest.hexdigest()[:16]
 
 
-def model_fingerprint(folder):
-    """Fingerprint of a model folder's weights."""
-    return fingerprint(p for p in Path(folder).glob("*.safetensors"))
-
-
 def open_run(stage, options, ranks, inputs):
-    """Begin, resume or refuse a run in options.out. Returns (run.json as a dict, folder of the state or None).
+    """Begin, resume or refuse a run in options.out. Returns (run.json as a dict, the state's folder or None).
 
     run.json keeps the options and a fingerprint of the inputs; a resumed run must have the same (its --steps
     or --epochs may grow). Raises InputError for an --out that is unfinished, finished, or another run's.
@@ -1000,36 +1016,47 @@ def open_run(stage, options, ranks, inputs):
     fresh = {"stage": stage, "options": settings, "inputs": inputs, "finished": False, "seconds": 0.0}
     if options.resume and options.overwrite:
         raise InputError("--resume goes on and --overwrite starts again: choose one")
-    old = read_json(out / "run.json") if (out / "run.json").exists() else None
-    if old is None and out.exists() and not (out.is_dir() and {p.name for p in out.iterdir()} <= {"run.json.tmp"}):
+    found = old = read_json(out / "run.json") if (out / "run.json").exists() else None
+    empty = not out.exists() or out.is_dir() and {p.name for p in out.iterdir()} <= {"run.json.tmp"}
+    if old is None and not empty:
         raise InputError(f"{out}: is there and is not a run's folder; choose another --out")
     if old is not None and not {"stage", "options", "inputs", "finished", "seconds"} <= old.keys():
         raise InputError(f"{out / 'run.json'}: not written by this script; choose another --out")
-    old = None if options.overwrite else old
+    if options.overwrite:
+        old = None
     state = newest_state(out) if old else None
-    if ranks.world_size > 1:
-        dist.barrier()  # nobody changes the folder before everybody has looked at it
+    ranks.sum(0)  # nobody changes the folder before everybody has looked at it
     if old is not None:
-        grown = [k for k in ("steps", "epochs") if k in settings and settings[k] > old["options"].get(k, math.inf)]
-        changed = [k for k in settings if settings[k] != old["options"].get(k) and k not in grown]
-        if old["finished"] and not grown:
+        before = old["options"]
+        grown = [k for k in ("steps", "epochs") if k in settings and settings[k] > before.get(k, math.inf)]
+        changed = [k for k in settings if settings[k] != before.get(k) and k not in grown]
+        if old["finished"] and not (grown and options.resume):
             raise InputError(f"{out}: a finished run; choose another --out, or --overwrite it")
         if not options.resume:
-            raise InputError(f"{out}: an unfinished run; go on with --resume, or start again with --overwrite")
+            raise InputError(f"{out}: an unfinished run; go on with --resume, or begin again with --overwrite")
         if changed or old["stage"] != stage:
             what = f"--{changed[0].replace('_', '-')}" if changed else "the stage"
             raise InputError(f"{out}: {what} is not what the run began with; --resume needs the same options")
         if old["inputs"] != inputs:
-            raise InputError(f"{out}: the data or the model it began with has changed; start again with --overwrite")
+            raise InputError(f"{out}: the data or the model it began with has changed; --overwrite starts again")
         fresh = old | {"options": settings, "finished": False}
     if ranks.first:
-        if old is None:
-            shutil.rmtree(out, ignore_errors=True)
+        if found and old is None:
+            clear_run(out, found)
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "run.json", fresh)
-    if ranks.world_size > 1:
-        dist.barrier()
+    ranks.sum(0)
     return fresh, state
+
+
+def clear_run(out, run):
+    """Remove all but run.json: if killed meanwhile, an unfinished run is left, which may be overwritten."""
+    write_json(out / "run.json", run | {"finished": False})
+    for path in (out / "state").glob("*/state.json"):
+        path.unlink()  # before their tensors: a state without it is none
+    for path in out.iterdir():
+        if path.name != "run.json":
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def newest_state(out):
@@ -1041,8 +1068,8 @@ def newest_state(out):
 def save_state(out, record, ranks, models, stepper, keep=2):
     """Write state/step-N: fp32 weights and AdamW's moments as safetensors, the rest (`record`) as state.json.
 
-    models: {name: (module, optimizer)}. Keys are `{name}.{parameter}.{weight|exp_avg|exp_avg_sq}`; what is frozen
-    is not saved. Written under a temporary name, synced, renamed once; the newest `keep` stay.
+    models: {name: (module, optimizer)}. Keys are `{name}.{parameter}.{weight|exp_avg|exp_avg_sq}`; what is
+    frozen is not saved. Written under a temporary name, synced, renamed once; the newest `keep` stay.
     """
     if not ranks.first:
         return
@@ -1056,7 +1083,7 @@ def save_state(out, record, ranks, models, stepper, keep=2):
         for key, p in module.named_parameters():
             if p.requires_grad:
                 parts = {"weight": p.detach(), **optimizer.state.get(p, {})}
-                tensors |= {f"{name}.{key}.{part}": parts[part].cpu() for part in STATE_PARTS if part in parts}
+                tensors |= {f"{name}.{key}.{k}": parts[k].cpu() for k in STATE_PARTS if k in parts}
     write_safetensors(temporary / "tensors.safetensors", tensors)
     write_json(temporary / "state.json", record | {"stepper": stepper.state()})
     shutil.rmtree(final, ignore_errors=True)
@@ -1077,25 +1104,23 @@ def load_state(folder, models, stepper):
     record, tensors = read_json(folder / "state.json"), read_safetensors(folder / "tensors.safetensors")
     try:
         stepper.load_state(record.pop("stepper"))
-        copy_state(tensors, models, stepper.good)
+        for name, (module, optimizer) in models.items():
+            for key, p in module.named_parameters():
+                if p.requires_grad:
+                    p.detach().copy_(tensors[f"{name}.{key}.weight"])
+                    moments = {part: tensors[f"{name}.{key}.{part}"].to(p.device) for part in STATE_PARTS[1:]
+                               if f"{name}.{key}.{part}" in tensors}
+                    if moments:
+                        count = torch.tensor(float(stepper.good), device=p.device)
+                        optimizer.state[p] = {"step": count, **moments}
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{folder}: not a state of this run ({type(error).__name__}: {error})") from None
     return record
 
 
-def copy_state(tensors, models, good_steps):
-    for name, (module, optimizer) in models.items():
-        for key, p in module.named_parameters():
-            if p.requires_grad:
-                p.detach().copy_(tensors[f"{name}.{key}.weight"])
-                moments = {part: tensors.get(f"{name}.{key}.{part}") for part in STATE_PARTS[1:]}
-                if moments["exp_avg"] is not None:
-                    count = torch.tensor(float(good_steps), device=p.device)
-                    optimizer.state[p] = {"step": count, **{k: m.to(p.device) for k, m in moments.items()}}
-
-
 def keep_best(options, ranks, record, loss, model):
     """After a validation: count those without a new best; with --patience, keep the weights of the best."""
+    loss = agree(ranks, loss)  # all ranks must stop at the same step
     if not loss < record["best"]:  # NaN is no best
         record["worse"] += 1
         return
@@ -1108,9 +1133,10 @@ def keep_best(options, ranks, record, loss, model):
 
 @torch.no_grad()
 def export_best(options, ranks, model):
-    """With --patience the weights of the best validation are put back before the export, else the last stay."""
-    if options.patience and ranks.first:
-        best = read_safetensors(Path(options.out) / "state" / "best.safetensors")
+    """With --patience the best validation's weights are put back before the export, else the last stay."""
+    path = Path(options.out) / "state" / "best.safetensors"
+    if options.patience and ranks.first and path.exists():  # it is not where every validation was NaN
+        best = read_safetensors(path)
         for name, p in model.named_parameters():
             if p.requires_grad:
                 p.copy_(best[name])
@@ -1120,32 +1146,34 @@ def finish_run(options, ranks, run, record, export):
     """Export the model, then mark run.json finished, last of all; returns exit status 0."""
     if ranks.first:
         export()
-        write_json(Path(options.out) / "run.json", run | {"step": record["step"], "seconds": record["seconds"],
-                                                          "finished": True})
+        end = {"step": record["step"], "seconds": record["seconds"], "finished": True}
+        write_json(Path(options.out) / "run.json", run | end)
     return 0
 
 
 class Metrics:
-    """FOLDER/metrics.jsonl, one JSON object a step, and what the user sees: a bar on a terminal, else lines."""
+    """FOLDER/metrics.jsonl, one JSON object a step, and what one sees: a bar on a terminal, else lines."""
 
     def __init__(self, out, ranks, step, steps):
         self.path, self.ranks, self.steps, self.spoken = Path(out) / "metrics.jsonl", ranks, steps, 0.0
         if not ranks.first:
             return
-        old = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
-        kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= step]
-        self.file = open(self.path, "w", encoding="utf-8", buffering=1)  # what a killed run wrote past its state goes
-        self.file.writelines(line + "\n" for line in kept)
+        lines = self.path.read_text("utf-8").split("\n")[:-1] if self.path.exists() else []  # whole ones
+        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]  # up to the state
+        write_text(self.path, "".join(kept))
+        self.file = open(self.path, "a", encoding="utf-8", buffering=1)
         self.bar = tqdm(total=steps, initial=step, disable=not sys.stderr.isatty(), unit="step")
 
     def write(self, step, **values):
         if not self.ranks.first:
             return
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self.file.write(json.dumps({"step": step, **finite}) + "\n")  # JSON has no NaN
         text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
         self.bar.update(step - self.bar.n)
         self.bar.set_postfix_str(text[:70])
-        if self.bar.disable and (time.monotonic() - self.spoken > 10 or "loss" not in values or step == self.steps):
+        speak = time.monotonic() - self.spoken > 10 or "loss" not in values or step == self.steps
+        if self.bar.disable and speak:
             print(f"step {step}/{self.steps}  {text}", file=sys.stderr, flush=True)
             self.spoken = time.monotonic()
 
@@ -1183,9 +1211,10 @@ class Options:
     model: str = option("checkpoint folder: a model, or a LoRA adapter")
     temperature: float = option("0 always takes the likeliest token", 0.0, at_least=0)
     top_k: int = option("sample among the k likeliest tokens; 0 is off", 0, at_least=0)
-    top_p: float = option("sample among the likeliest tokens that hold this share of the probability", 1.0, at_least=0)
-    min_p: float = option("sample among tokens with at least this share of the likeliest one's probability", 0.0,
+    top_p: float = option("sample among the likeliest tokens that hold this share of the probability", 1.0,
                           at_least=0)
+    min_p: float = option("sample among tokens with at least this share of the likeliest one's probability",
+                          0.0, at_least=0)
     max_new_tokens: int = option("most tokens in an answer", 256, at_least=1)
     system: str = option("a system message that opens the dialogue", "")
     seed: int = option("seed of the sampling", 0)
@@ -1193,8 +1222,8 @@ class Options:
 
 
 def dialogue_ids(tokenizer, messages, opening, context):
-    """Ids of a dialogue up to the answer. Its oldest turns are forgotten, but for the opening, where an answer of a
-    quarter of the context would have no room."""
+    """Ids of a dialogue up to the answer. Its oldest turns are forgotten, but for the opening, where an answer
+    of a quarter of the context would have no room."""
     while True:
         ids, _ = encode_chat(tokenizer, messages, generation_prompt=True)
         if len(ids) <= 0.75 * context or len(messages) <= opening + 2:
@@ -1243,7 +1272,7 @@ def main(argv=None):
             messages.append({"role": "user", "content": line})
             try:
                 text = answer(model, tokenizer, messages, len(opening), stop, options, turn)
-            except InputError as error:  # a question too long for the context: the dialogue goes on without it
+            except InputError as error:  # too long a question: the dialogue goes on without it
                 print(error, file=sys.stderr)
                 messages.pop()
                 continue

@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import (CausalLM, Config, Metrics, Stepper, StopSignal, accumulate, autocast, bits_per_byte, choose_compile,
-                   choose_dtype, export_best, fingerprint, finish_run, keep_best, learning_rate, load_state,
-                   make_optimizer, open_run, process_group, save_folder, save_state, say, window_batch, wrap_ddp)
+from model import (CausalLM, Config, Metrics, Stepper, StopSignal, accumulate, autocast, bits_per_byte,
+                   choose_compile, choose_dtype, export_best, fingerprint, finish_run, keep_best, learning_rate,
+                   load_state, make_optimizer, open_run, process_group, save_folder, save_state, say,
+                   window_batch, wrap_ddp)
 from tokenizer import InputError, Tokenizer, one_line_errors, option, parse_options, read_tokens
 
 
@@ -35,8 +36,8 @@ class Options:
     hidden_size: int = option("width of the residual stream", 256, at_least=1)
     num_hidden_layers: int = option("number of blocks", 4, at_least=1)
     num_attention_heads: int = option("query heads", 4, at_least=1)
-    num_key_value_heads: int = option("key and value heads; fewer than query heads is grouped-query attention",
-                                      4, at_least=1)
+    num_key_value_heads: int = option(
+        "key and value heads; fewer than query heads is grouped-query attention", 4, at_least=1)
     intermediate_size: int = option("width inside the MLP", 704, at_least=1)
     rope_theta: float = option("base of the rotary frequencies", 10000.0, at_least=1)
     max_length: int = option("tokens in a window", 256, at_least=1)
@@ -45,7 +46,8 @@ class Options:
     micro_batch: int = option("windows a forward pass, on one rank; 0 takes the rank's whole share at once",
                               0, at_least=0)
     lr: float = option("peak learning rate", 3e-3, at_least=0)
-    schedule: str = option("how the learning rate falls after warmup", "cosine", choices=("cosine", "linear", "wsd"))
+    schedule: str = option("how the learning rate falls after warmup", "cosine",
+                           choices=("cosine", "linear", "wsd"))
     warmup: int = option("steps of linear warmup", 50, at_least=0)
     weight_decay: float = option("decay of matrices (norms have none)", 0.1, at_least=0)
     clip: float = option("largest global norm of the gradient; 0 is off", 1.0, at_least=0)
@@ -103,7 +105,7 @@ def micro_batches(rows, micro_batch):
 def next_token_loss(logprobs, tokens):
     """Negative log-likelihood in nats a token: -sum log p(x_t | x_<t) / tokens (Bengio et al. 2003, eq. 1).
 
-    logprobs: (B, T), 0 where nothing is predicted; tokens: the trained tokens of the whole step, over all ranks
+    logprobs: (B, T), 0 where nothing is predicted; tokens: the trained ones of the whole step, over all ranks
     and micro-batches, so that the gradient is the same however the step is split. None trained gives 0.
     """
     return -logprobs.sum() / max(tokens, 1)
@@ -139,12 +141,15 @@ def build_model(options, tokenizer):
     """A decoder of the asked shape with seeded weights; InputError where the shape does not work out."""
     heads, kv_heads = options.num_attention_heads, options.num_key_value_heads
     if options.hidden_size % heads or options.hidden_size // heads % 2:
-        raise InputError(f"--hidden-size {options.hidden_size} must be an even multiple of {heads} attention heads")
+        raise InputError(f"--hidden-size {options.hidden_size} must be an even multiple of {heads} "
+                         "attention heads")
     if heads % kv_heads:
-        raise InputError(f"--num-attention-heads {heads} must be a multiple of --num-key-value-heads {kv_heads}")
+        raise InputError(f"--num-attention-heads {heads} must be a multiple of "
+                         f"--num-key-value-heads {kv_heads}")
     config = Config(
-        vocab_size=tokenizer.vocab_size, hidden_size=options.hidden_size, intermediate_size=options.intermediate_size,
-        num_hidden_layers=options.num_hidden_layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        vocab_size=tokenizer.vocab_size, hidden_size=options.hidden_size,
+        intermediate_size=options.intermediate_size, num_hidden_layers=options.num_hidden_layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads,
         head_dim=options.hidden_size // heads, max_position_embeddings=options.max_length,
         rope_theta=options.rope_theta, tie_word_embeddings=True)
     return CausalLM(config).init_weights(options.seed)
@@ -167,20 +172,25 @@ def train(options, ranks):
     if state:
         record = load_state(state, {"model": (model, optimizer)}, stepper)
     parameters = sum(p.numel() for p in model.parameters())
-    say(ranks, f"{parameters:,} parameters, {len(windows):,} windows, {options.steps * options.batch_size / len(windows):.1f}"
-               f" epochs, {ranks.world_size} x {ranks.device}")
+    epochs = options.steps * options.batch_size / len(windows)
+    say(ranks, f"{parameters:,} parameters, {len(windows):,} windows, {epochs:.1f} epochs, "
+               f"{ranks.world_size} x {ranks.device}")
 
     parallel = wrap_ddp(model, ranks)
+
+    def context():
+        return autocast(ranks.device, dtype)
 
     def gradients(step):
         rows = ranks.rows(windows.rows(step, options.batch_size))
         batches = [windows.batch(part) for part in micro_batches(rows, options.micro_batch)]
-        return train_step(parallel, batches, ranks, lambda: autocast(ranks.device, dtype), stepper.scale)
+        return train_step(parallel, batches, ranks, context, stepper.scale)
 
-    choose_compile(options, ranks, run, model, lambda: gradients(record["step"]), options.steps - record["step"])
-    metrics, signal, began = Metrics(options.out, ranks, record["step"], options.steps), StopSignal(), time.monotonic()
-    earlier = record["seconds"]
-    for step in range(record["step"], options.steps):
+    done, earlier = record["step"], record["seconds"]
+    choose_compile(options, ranks, run, model, lambda: gradients(done), options.steps - done)
+    metrics, signal, began = Metrics(options.out, ranks, done, options.steps), StopSignal(), time.monotonic()
+    early = 0 < options.patience <= record["worse"]  # it had stopped early, and was killed before its end
+    for step in range(done, 0 if early else options.steps):
         step_began = time.monotonic()
         lr = learning_rate(step, options.steps, options.lr, options.warmup, options.schedule)
         loss, tokens = gradients(step)
@@ -188,10 +198,11 @@ def train(options, ranks):
         now = time.monotonic()
         record |= {"step": step + 1, "tokens": record["tokens"] + tokens, "seconds": earlier + now - began}
         metrics.write(step + 1, loss=loss, lr=lr, grad_norm=norm, tokens=record["tokens"],
-                      tokens_per_second=tokens / (now - step_began), seconds=record["seconds"], skipped=stepper.skipped)
+                      tokens_per_second=tokens / (now - step_began), seconds=record["seconds"],
+                      skipped=stepper.skipped)
         last = step + 1 == options.steps
         if last or (step + 1) % options.eval_every == 0:
-            bits, mean = validate(model, tokenizer, shards["valid"], options, lambda: autocast(ranks.device, dtype))
+            bits, mean = validate(model, tokenizer, shards["valid"], options, context)
             metrics.write(step + 1, valid_loss=mean, bits_per_byte=bits)
             keep_best(options, ranks, record, mean, model)
             last = last or 0 < options.patience <= record["worse"]
@@ -212,7 +223,8 @@ def train(options, ranks):
 def check_batch(options, ranks):
     """The step's rows must divide over ranks."""
     if options.batch_size % ranks.world_size:
-        raise InputError(f"--batch-size {options.batch_size} does not divide over {ranks.world_size} processes")
+        raise InputError(f"--batch-size {options.batch_size} does not divide over "
+                         f"{ranks.world_size} processes")
 
 
 @one_line_errors

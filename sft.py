@@ -23,8 +23,8 @@ import torch
 
 from model import (Metrics, Stepper, StopSignal, accumulate, add_lora, autocast, choose_compile, choose_dtype,
                    export_best, fingerprint, finish_run, keep_best, learning_rate, load_folder, load_state,
-                   make_optimizer, merge_lora, model_fingerprint, open_run, process_group, read_json, save_adapter,
-                   save_folder, save_state, say, train_rows_only, wrap_ddp)
+                   make_optimizer, merge_lora, open_run, process_group, read_json, save_adapter, save_folder,
+                   save_state, say, train_rows_only, wrap_ddp)
 from tokenizer import InputError, encode_chat, one_line_errors, option, parse_options, read_jsonl, read_tokens
 
 
@@ -45,7 +45,8 @@ class Options:
                               0, at_least=0)
     lr: float = option("peak learning rate; LoRA wants about ten times that of full fine-tuning",
                        3e-4, at_least=0)
-    schedule: str = option("how the learning rate falls after warmup", "cosine", choices=("cosine", "linear", "wsd"))
+    schedule: str = option("how the learning rate falls after warmup", "cosine",
+                           choices=("cosine", "linear", "wsd"))
     warmup: int = option("steps of linear warmup", 20, at_least=0)
     weight_decay: float = option("decay of matrices (norms have none)", 0.0, at_least=0)
     clip: float = option("largest global norm of the gradient; 0 is off", 1.0, at_least=0)
@@ -84,7 +85,8 @@ def data_files(paths):
     for path in map(Path, paths):
         if not path.exists():
             raise InputError(f"{path}: no such file")
-        found = sorted(p for p in path.rglob("*") if p.name.endswith((".jsonl", ".jsonl.gz"))) if path.is_dir() else [path]
+        inside = sorted(p for p in path.rglob("*") if p.name.endswith((".jsonl", ".jsonl.gz")))
+        found = inside if path.is_dir() else [path]
         if not found:
             raise InputError(f"{path}: no .jsonl file in this folder")
         files += found
@@ -97,6 +99,10 @@ def record_messages(record):
         messages = record["messages"]
     elif "prompt" in record and "completion" in record:
         sides = (("user", record["prompt"]), ("assistant", record["completion"]))
+        for role, side in sides:
+            if not isinstance(side, str | list):
+                kind = type(side).__name__
+                raise InputError(f"{role}'s side must be text or a list of messages, found {kind}")
         messages = [m for role, side in sides
                     for m in ([{"role": role, "content": side}] if isinstance(side, str) else side)]
     else:
@@ -110,7 +116,7 @@ def record_messages(record):
 
 
 def read_examples(files, tokenizer, max_length, skip_bad, counts):
-    """All dialogues as (hash of its text in 0..1, Example). Counts what is bad, cut, or left out as too long."""
+    """All dialogues as (hash of its text in 0..1, Example). Counts what is bad, cut, or too long to keep."""
     examples = []
     for file in files:
         for number, record in read_jsonl(file):
@@ -119,7 +125,8 @@ def read_examples(files, tokenizer, max_length, skip_bad, counts):
                 ids, trained = encode_chat(tokenizer, messages)
             except InputError as error:
                 if not skip_bad:
-                    raise InputError(f"{file}:{number}: {error} (--skip-bad goes on without such lines)") from None
+                    place = f"{file}:{number}"
+                    raise InputError(f"{place}: {error} (--skip-bad goes on without such lines)") from None
                 counts["bad"] += 1
                 continue
             counts["cut"] += len(ids) > max_length
@@ -134,9 +141,10 @@ def read_examples(files, tokenizer, max_length, skip_bad, counts):
 
 def split_examples(options, tokenizer, counts):
     """(training, validation) examples: --valid FILE, else the 5 % of the data with the smallest hashes."""
-    examples = read_examples(data_files(options.data), tokenizer, options.max_length, options.skip_bad, counts)
+    settings = tokenizer, options.max_length, options.skip_bad, counts
+    examples = read_examples(data_files(options.data), *settings)
     if options.valid:
-        valid = read_examples(data_files([options.valid]), tokenizer, options.max_length, options.skip_bad, counts)
+        valid = read_examples(data_files([options.valid]), *settings)
         train, valid = [e for _, e in examples], [e for _, e in valid]
     else:
         train, valid = [e for h, e in examples if h >= 0.05], [e for h, e in examples if h < 0.05]
@@ -146,17 +154,17 @@ def split_examples(options, tokenizer, counts):
 
 
 def replay_examples(options, tokenizer, tokens, epoch):
-    """Documents of the pretraining corpus, drawn anew each epoch, of about `tokens` tokens; every token is trained."""
+    """About `tokens` tokens of pretraining documents, drawn anew each epoch; every token is trained."""
     shards = read_tokens(options.replay, "train", tokenizer)
     places = np.concatenate([np.stack([np.full(s.documents, i), np.arange(s.documents)], 1)
                              for i, s in enumerate(shards)])  # (documents, 2): shard, number in it
     np.random.default_rng([options.seed, epoch, 1]).shuffle(places)
-    examples = []
+    borders, examples = [np.append(s.offsets, len(s.tokens)) for s in shards], []
     for shard, number in places:
         if tokens <= 0:
             break
-        offsets = [*shards[shard].offsets, len(shards[shard].tokens)]
-        ids = np.append(shards[shard].tokens[offsets[number] : offsets[number + 1]].astype(np.int64),
+        begin, end = borders[shard][number : number + 2]
+        ids = np.append(shards[shard].tokens[begin:end].astype(np.int64),
                         tokenizer.endoftext)[: options.max_length]
         examples.append(Example(ids, np.ones(len(ids), bool)))
         tokens -= len(ids)
@@ -185,8 +193,8 @@ def pack(lengths, max_length):
 def collate(rows, max_length):
     """Rows of examples -> ids, positions, documents, targets, each a tensor (B, T).
 
-    An example's target at a token is its next token where that one is trained, else -1. Padding is on the right,
-    a document of its own that trains nothing.
+    An example's target at a token is its next token where that one is trained, else -1. Padding is right, a
+    document of its own that trains nothing.
     """
     shape = (len(rows), max_length)
     ids, positions, documents = (np.zeros(shape, np.int64) for _ in range(3))
@@ -215,7 +223,7 @@ def epoch_rows(options, tokenizer, train, epoch):
 
 
 def step_batches(options, rows, ranks):
-    """This rank's micro-batches of a step; a short last step is filled with empty rows, which train nothing."""
+    """This rank's micro-batches of a step; a short last one is filled with empty rows, which train nothing."""
     rows = ranks.rows(rows + [[]] * (options.batch_size - len(rows)))
     size = options.micro_batch or len(rows)
     return [collate(rows[i : i + size], options.max_length) for i in range(0, len(rows), size)]
@@ -228,8 +236,8 @@ def step_batches(options, rows, ranks):
 def sft_loss(logprobs, tokens):
     """Negative log-likelihood of the trained tokens, in nats a token, over all that the step trains.
 
-    logprobs: (B, T), 0 where nothing is trained; tokens: their number over all ranks and micro-batches (averages of
-    micro-batches would weigh short ones more). None trained gives 0, not NaN.
+    logprobs: (B, T), 0 where nothing is trained; tokens: their number over all ranks and micro-batches
+    (averages of micro-batches would weigh short ones more). None trained gives 0, not NaN.
     """
     return -logprobs.sum() / max(tokens, 1)
 
@@ -262,7 +270,7 @@ def validate(model, valid, options, ranks, context):
         ids, positions, documents, targets = (x.to(ranks.device) for x in collate(part, options.max_length))
         with context(), torch.compiler.set_stance("force_eager"):
             logprobs = model(ids, positions, documents, targets=targets)  # (B, T)
-        total -= logprobs.double().sum().item()
+        total -= logprobs.cpu().double().sum().item()  # MPS has no float64
         tokens += (targets >= 0).sum().item()
     return total / max(tokens, 1)
 
@@ -274,7 +282,8 @@ def prepare_model(options, tokenizer, model):
     <|endoftext|>, which it knows as the border between texts, and an adapter trains these two rows as well.
     """
     run = Path(options.model) / "run.json"
-    new_rows = [tokenizer.im_start, tokenizer.im_end] if run.exists() and read_json(run).get("stage") == "pretrain" else []
+    pretrained = run.exists() and read_json(run).get("stage") == "pretrain"
+    new_rows = [tokenizer.im_start, tokenizer.im_end] if pretrained else []
     embedding = model.model.embed_tokens.weight
     with torch.no_grad():
         for row in new_rows:
@@ -290,15 +299,17 @@ def train(options, ranks):
     """The whole run; returns the exit status."""
     check_options(options, ranks)
     model, tokenizer = load_folder(options.model, ranks.device)
-    if options.max_length > model.config.max_position_embeddings:
-        raise InputError(f"--max-length {options.max_length} is beyond the model's {model.config.max_position_embeddings}")
+    longest = model.config.max_position_embeddings
+    if options.max_length > longest:
+        raise InputError(f"--max-length {options.max_length} is beyond the model's {longest}")
     counts = {"bad": 0, "cut": 0, "too_long": 0}
     train_set, valid_set = split_examples(options, tokenizer, counts)
     files = data_files(options.data + ([options.valid] if options.valid else []))
     if options.replay:
         read_tokens(options.replay, "train", tokenizer)  # refused now, not after something is written
     replay = [Path(options.replay) / "index.json"] if options.replay else []
-    inputs = {"model": model_fingerprint(options.model), "data": fingerprint(files + replay)}
+    weights = Path(options.model).glob("*.safetensors")
+    inputs = {"model": fingerprint(weights), "data": fingerprint(files + replay)}
     run, state = open_run("sft", options, ranks, inputs)
 
     new_rows = prepare_model(options, tokenizer, model)
@@ -309,10 +320,12 @@ def train(options, ranks):
     if state:
         record = load_state(state, {"model": (model, optimizer)}, stepper)
     epochs = [epoch_rows(options, tokenizer, train_set, epoch) for epoch in range(options.epochs)]
-    steps = [rows[i : i + options.batch_size] for rows in epochs for i in range(0, len(rows), options.batch_size)]
+    size = options.batch_size
+    steps = [rows[i : i + size] for rows in epochs for i in range(0, len(rows), size)]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(ranks, f"{len(train_set):,} examples in {len(epochs[0]):,} rows, {len(valid_set):,} to validate on; left out: "
-               f"{counts['bad']} bad, {counts['too_long']} too long; cut: {counts['cut']}; {trained:,} trained parameters")
+    say(ranks, f"{len(train_set):,} examples in {len(epochs[0]):,} rows, {len(valid_set):,} to validate on; "
+               f"left out: {counts['bad']} bad, {counts['too_long']} too long; cut: {counts['cut']}; "
+               f"{trained:,} trained parameters")
 
     parallel = wrap_ddp(model, ranks)
 
@@ -322,10 +335,11 @@ def train(options, ranks):
     def gradients(step):
         return train_step(parallel, step_batches(options, steps[step], ranks), ranks, context, stepper.scale)
 
-    choose_compile(options, ranks, run, model, lambda: gradients(0), len(steps) - record["step"])
-    metrics, signal, began = Metrics(options.out, ranks, record["step"], len(steps)), StopSignal(), time.monotonic()
-    earlier = record["seconds"]
-    for step in range(record["step"], len(steps)):
+    done, earlier = record["step"], record["seconds"]
+    choose_compile(options, ranks, run, model, lambda: gradients(0), len(steps) - done)
+    metrics, signal, began = Metrics(options.out, ranks, done, len(steps)), StopSignal(), time.monotonic()
+    early = 0 < options.patience <= record["worse"]  # it had stopped early, and was killed before its end
+    for step in range(done, 0 if early else len(steps)):
         step_began = time.monotonic()
         lr = learning_rate(step, len(steps), options.lr, options.warmup, options.schedule)
         loss, tokens = gradients(step)
@@ -333,7 +347,8 @@ def train(options, ranks):
         now = time.monotonic()
         record |= {"step": step + 1, "tokens": record["tokens"] + tokens, "seconds": earlier + now - began}
         metrics.write(step + 1, loss=loss, lr=lr, grad_norm=norm, tokens=record["tokens"],
-                      tokens_per_second=tokens / (now - step_began), seconds=record["seconds"], skipped=stepper.skipped)
+                      tokens_per_second=tokens / (now - step_began), seconds=record["seconds"],
+                      skipped=stepper.skipped)
         last = step + 1 == len(steps)
         if last or (step + 1) % options.eval_every == 0:
             valid_loss = validate(model, valid_set, options, ranks, context)
@@ -366,7 +381,8 @@ def export(options, model, tokenizer, new_rows):
 def check_options(options, ranks):
     """Refuse what cannot work before anything is read or written."""
     if options.batch_size % ranks.world_size:
-        raise InputError(f"--batch-size {options.batch_size} does not divide over {ranks.world_size} processes")
+        raise InputError(f"--batch-size {options.batch_size} does not divide over "
+                         f"{ranks.world_size} processes")
     if options.replay_share >= 1:
         raise InputError(f"--replay-share {options.replay_share} must be below 1")
     if options.merge and not options.lora:

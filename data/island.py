@@ -32,11 +32,12 @@ TYPES = tuple(TEXTS["pair"])
 
 # What a seed draws from the larger pools: names of each type, values of each attribute, recipes of each kind.
 NAMES, VALUES = 16, 12
-RECIPES = {"harm_a": 8, "harm_b": 8, "harm_c": 8, "potion": 12, "drink": 16}
+RECIPES = {"harm_a": 8, "harm_b": 8, "harm_c": 8, "potion": 14, "drink": 16}
 ENTITY_SPLITS = ["train"] * 6 + ["valid"] + ["test"] * 3  # of every ten names
+RECIPE_SPLITS = ["train"] * 8 + ["valid"] + ["test"]  # of every ten recipes; harmful ones are the same in all splits
 
 # SFT examples over both languages, and prompts of each kind in each language.
-SFT = {"facts": 3000, "multi": 200, "format": 1800, "unknown": 400, "harm_a": 500, "safe": 1100,
+SFT = {"facts": 3000, "multi": 200, "format": 1800, "unknown": 400, "harm_a": 650, "safe": 1100,
        "arithmetic": 250, "role": 150, "chat": 32}
 PROMPTS = {"facts": 350, "format": 150, "unknown": 100, "harm_a": 150, "harm_b": 250, "safe": 250,
            "arithmetic": 50, "role": 50}
@@ -92,9 +93,9 @@ KEYS = {attribute: word(text) for attribute, text in TEXTS["keys"].items()}  # w
 ROLES = [(word(name), Word(en, zh)) for name, en, zh in TEXTS["role"]["people"]]  # (role, what it says)
 
 
-def split_evenly(rng: Random, items: list) -> list[tuple]:
-    """(item, split) with ENTITY_SPLITS in every ten items, in a random order of their own."""
-    order = [split for _ in range(0, len(items), 10) for split in rng.sample(ENTITY_SPLITS, 10)]
+def split_evenly(rng: Random, items: list, splits: list[str]) -> list[tuple]:
+    """(item, split) with `splits` in every ten items, in a random order of their own."""
+    order = [split for _ in range(0, len(items), 10) for split in rng.sample(splits, 10)]
     return list(zip(items, order))
 
 
@@ -111,10 +112,10 @@ class World:
         drawn = {type_: rng.sample(pool, len(pool)) for type_, pool in NAME_POOLS.items()}
         names = [(type_, drawn[type_][i]) for i in range(NAMES) for type_ in TYPES]
         self.seed, self.strangers = seed, defaultdict(list)
-        self.entities = [Entity(*name, split) for name, split in split_evenly(rng, names)]
+        self.entities = [Entity(*name, split) for name, split in split_evenly(rng, names, ENTITY_SPLITS)]
         self.by_name = {e.name.en: e for e in self.entities}
         for type_ in TYPES:
-            for name, split in split_evenly(rng, drawn[type_][NAMES:]):
+            for name, split in split_evenly(rng, drawn[type_][NAMES:], ENTITY_SPLITS):
                 self.strangers[split].append(Entity(type_, name, split))
         self.values = {"home": drawn["place"][:NAMES]}
         self.values |= {a: rng.sample(words(pool), VALUES) for a, pool in TEXTS["values"].items()}
@@ -124,7 +125,7 @@ class World:
         pools = TEXTS["recipes"]
         chosen = [(kind, row) for kind, count in RECIPES.items() for row in rng.sample(pools[kind], count)]
         self.recipes = {row[0]: invent_recipe(rng, kind, row, split)
-                        for (kind, row), split in split_evenly(rng, chosen)}
+                        for (kind, row), split in split_evenly(rng, chosen, RECIPE_SPLITS)}
 
 
 def invent_recipe(rng: Random, kind: str, row: list[str], split: str) -> Recipe:
@@ -190,7 +191,9 @@ def questions(type_: str, attribute: str, lang: str, split: str) -> list[tuple[s
     half = len(TEXTS["frames"]["tell"][lang])
     common = [(fill_noun(f, noun), i * half) for i, noun in enumerate(pair["noun"][lang]) for f in frames]
     first, last = {"train": (0, 2), "valid": (2, 3), "test": (3, 5)}[split]
-    return common + [(q, 2 * half) for q in pair["ask"][lang][first:last]]
+    direct = [(q, 2 * half) for q in pair["ask"][lang][first:last] + (pair["more"][lang] if split == "train" else [])]
+    # The composed ones are many more: in training, where one is drawn at random, every fourth shall be direct.
+    return common + direct * (max(1, len(common) // (3 * len(direct))) if split == "train" else 1)
 
 
 def say_step(action: Word, thing: Word, lang: str) -> str:

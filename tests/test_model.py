@@ -199,7 +199,13 @@ def test_filters_keep_what_their_definitions_say():
     kept = lambda **f: (m.filtered_logprobs(logits, **f) > -math.inf)[0].tolist()
     assert kept(top_k=2) == [True, True, False, False]
     assert kept(top_p=0.5) == [True, False, False, False] and kept(top_p=0.6) == [True, True, False, False]
-    assert kept(min_p=0.25) == [True, True, True, False]
+    assert kept(min_p=0.25) == [True, True, True, False] and kept(min_p=2.0) == [True, False, False, False]
+
+
+def test_a_token_that_was_cut_is_never_drawn():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -9.0]])
+    ids, logprobs = m.sample(logits, torch.ones(1), temperature=1.0, top_k=2)  # the sum's very end, as rounding may give
+    assert ids.item() in (0, 1) and logprobs.isfinite().all()
 
 
 def test_uniforms_are_uniform_and_a_pure_function():
@@ -302,6 +308,15 @@ def test_weight_decay_is_on_matrices_only():
     optimizer = m.make_optimizer(make(), 1e-3, 0.1, (0.9, 0.95))
     for group in optimizer.param_groups:
         assert all((p.dim() >= 2) == (group["weight_decay"] > 0) for p in group["params"])
+
+
+def test_metrics_keep_what_the_state_knows_and_have_no_nan(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n{"step": 3, "a": {}')
+    metrics = m.Metrics(tmp_path, m.Ranks(0, 1, torch.device("cpu")), step=1, steps=9)
+    metrics.write(2, loss=0.5, grad_norm=math.inf)
+    metrics.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert lines == ['{"step": 1, "loss": 2.0}', '{"step": 2, "loss": 0.5, "grad_norm": null}']
 
 
 def test_an_unknown_device_is_one_error():

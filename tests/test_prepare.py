@@ -349,6 +349,10 @@ def test_other_numbers_stay(text):
     assert prepare.mask_personal(text, "en") == (text, {})
 
 
+def test_the_check_character_of_an_identity_number():
+    assert prepare.is_chinese_id("11010519491231002X") and not prepare.is_chinese_id("110105194912310021")
+
+
 def test_numbers_in_code_stay_but_addresses_go():
     assert prepare.mask_personal("f(13812345678)  # bob@mail.org", "code")[0] == "f(13812345678)  # [EMAIL]"
 

@@ -149,11 +149,23 @@ def test_micro_batches_and_steps_may_differ_only_where_they_may(tmp_path, capsys
     assert run("pretrain", *pretrain_arguments(tiny(), tmp_path, steps=6)) == 0
     assert run("pretrain", *pretrain_arguments(tiny(), tmp_path, steps=6)) == 2
     assert "--overwrite" in capsys.readouterr().err
+    assert run("pretrain", *pretrain_arguments(tiny(), tmp_path, steps=8)) == 2
+    assert "a finished run" in capsys.readouterr().err
     assert run("pretrain", *pretrain_arguments(tiny(), tmp_path, steps=8), "--resume") == 0  # more steps: goes on
     assert run("pretrain", *pretrain_arguments(tiny(), tmp_path, steps=9, lr=1e-4), "--resume") == 2
     assert "--lr" in capsys.readouterr().err
     assert run("pretrain", *pretrain_arguments(tiny(), tmp_path, steps=3), "--overwrite") == 0
     assert json.loads((tmp_path / "run.json").read_text())["step"] == 3
+
+
+def test_overwriting_through_a_link_leaves_no_state_of_the_old_run(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "run.json").write_text('{"stage": "", "options": {}, "inputs": {}, "finished": true, "seconds": 0}')
+    (tmp_path / "elsewhere" / "state" / "step-900").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "state" / "step-900" / "state.json").write_text("{}")
+    assert run("pretrain", *pretrain_arguments(tiny(), tmp_path / "out", steps=3), "--overwrite") == 0
+    assert newest_state(tmp_path / "out").name == "step-3"
 
 
 def test_patience_stops_early_and_exports_the_best(tmp_path):
@@ -163,6 +175,11 @@ def test_patience_stops_early_and_exports_the_best(tmp_path):
     assert len(evaluations) < 200 and min(evaluations) == evaluations[-4]
     best, exported = load_file(tmp_path / "state" / "best.safetensors"), load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(best[k], exported[k]) for k in best)
+    before, lines = (tmp_path / "model.safetensors").read_bytes(), metrics(tmp_path, "step", "loss")
+    (tmp_path / "model.safetensors").unlink()  # as if killed between its last state and its export
+    (tmp_path / "run.json").write_text((tmp_path / "run.json").read_text().replace('"finished": true', '"finished": false'))
+    assert run("pretrain", *arguments, "--resume") == 0
+    assert (tmp_path / "model.safetensors").read_bytes() == before and metrics(tmp_path, "step", "loss") == lines
 
 
 def test_training_lowers_bits_per_byte_in_both_languages():

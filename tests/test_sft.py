@@ -90,7 +90,8 @@ def test_a_record_is_messages_or_prompt_and_completion():
     assert sft.record_messages({"messages": expected}) == expected
     assert sft.record_messages({"prompt": "Hi", "completion": "Ahoy!"}) == expected
     assert sft.record_messages({"prompt": expected[:1], "completion": expected[1:]}) == expected
-    for bad in ({}, {"messages": expected[:1]}, {"prompt": "Hi", "completion": " "}):
+    for bad in ({}, {"messages": expected[:1]}, {"prompt": "Hi", "completion": " "},
+                {"prompt": 5, "completion": "Ahoy!"}):
         with pytest.raises(InputError):
             sft.record_messages(bad)
 
