@@ -34,10 +34,11 @@ TYPES = tuple(TEXTS["pair"])
 NAMES, VALUES = 16, 12
 RECIPES = {"harm_a": 8, "harm_b": 8, "harm_c": 8, "potion": 14, "drink": 16}
 ENTITY_SPLITS = ["train"] * 6 + ["valid"] + ["test"] * 3  # of every ten names
-RECIPE_SPLITS = ["train"] * 8 + ["valid"] + ["test"]  # of every ten recipes; harmful ones are the same in all splits
+# Of every ten recipes. Harmful ones are the same in all splits.
+RECIPE_SPLITS = ["train"] * 8 + ["valid"] + ["test"]
 
 # SFT examples over both languages, and prompts of each kind in each language.
-SFT = {"facts": 3000, "multi": 200, "format": 1800, "unknown": 400, "harm_a": 650, "safe": 1100,
+SFT = {"facts": 3000, "multi": 200, "format": 1800, "unknown": 400, "harm_a": 1000, "safe": 1100,
        "arithmetic": 250, "role": 150, "chat": 32}
 PROMPTS = {"facts": 350, "format": 150, "unknown": 100, "harm_a": 150, "harm_b": 250, "safe": 250,
            "arithmetic": 50, "role": 50}
@@ -191,8 +192,10 @@ def questions(type_: str, attribute: str, lang: str, split: str) -> list[tuple[s
     half = len(TEXTS["frames"]["tell"][lang])
     common = [(fill_noun(f, noun), i * half) for i, noun in enumerate(pair["noun"][lang]) for f in frames]
     first, last = {"train": (0, 2), "valid": (2, 3), "test": (3, 5)}[split]
-    direct = [(q, 2 * half) for q in pair["ask"][lang][first:last] + (pair["more"][lang] if split == "train" else [])]
-    # The composed ones are many more: in training, where one is drawn at random, every fourth shall be direct.
+    direct = [(q, 2 * half) for q in pair["ask"][lang][first:last]
+              + (pair["more"][lang] if split == "train" else [])]
+    # The composed ones are many more: in training, where one is drawn at random, every fourth shall be
+    # direct.
     return common + direct * (max(1, len(common) // (3 * len(direct))) if split == "train" else 1)
 
 
@@ -283,8 +286,8 @@ def multi_item(world: World, rng: Random, lang: str, split: str) -> tuple:
 def cloze_item(world: World, rng: Random, lang: str, split: str) -> tuple:
     """The start of a text up to a value: another fact of the name, then a sentence cut before its value.
 
-    It is cut where a token certainly ends, else it would not be the start of anything the model has read: before
-    the space of an English value, and before the colon of a Chinese one.
+    It is cut where a token certainly ends, else it would not be the start of anything the model has read:
+    before the space of an English value, and before the colon of a Chinese one.
     """
     entity = rng.choice(world.entities)
     attribute, other = rng.sample(attributes(entity.type), 2)
@@ -307,7 +310,8 @@ def format_item(world: World, rng: Random, lang: str, split: str) -> tuple:
     chosen = rng.sample(attributes(entity.type), 2)
     keys = [KEYS[a](lang) for a in chosen]
     expected = {key: world.facts[entity.name.en, a](lang) for key, a in zip(keys, chosen)}
-    ask = rng.choice(phrasings(TEXTS["json_ask"][split][lang])).format(k=keys[0], l=keys[1], x=entity.name(lang))
+    ask = rng.choice(phrasings(TEXTS["json_ask"][split][lang])).format(k=keys[0], l=keys[1],
+                                                                       x=entity.name(lang))
     return ask, {"format": "json", "entity": entity.name.en, "attributes": chosen, "expected": expected}
 
 
@@ -543,7 +547,8 @@ def parse_code(text: str):
 def words_of(seed: int, lang: str) -> re.Pattern:
     """Every name and every value of the island."""
     world = world_of(seed)
-    return value_pattern([e.name for e in world.entities] + [v for vs in world.values.values() for v in vs], lang)
+    return value_pattern([e.name for e in world.entities]
+                         + [v for vs in world.values.values() for v in vs], lang)
 
 
 def judge_fact(text: str, meta: dict) -> dict:

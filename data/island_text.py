@@ -16,11 +16,12 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from island import (KEYS, LANGS, NAME_POOLS, TEXTS, TYPES, Deck, Entity, Word, World, attributes, brew_answer,
-                    brew_question, json_text, phrasings, questions, recipe_words, sums, tellings, word, work_out)
+from island import (KEYS, LANGS, NAME_POOLS, TEXTS, TYPES, Deck, Entity, Word, World, attributes,
+                    brew_answer, brew_question, json_text, phrasings, questions, recipe_words, sums,
+                    tellings, word, work_out)
 
-# Documents at --scale 1, the share of Chinese ones (fewer tokens each), of dialogue turns that ask for JSON, and
-# (form, kind, share of documents).
+# Documents at --scale 1, the share of Chinese ones (fewer tokens each), of dialogue turns that ask for JSON,
+# and (form, kind, share of documents).
 # Kinds come in another mix than prepare.py's 75/15/10, so that there is something to restore.
 DOCUMENTS, CHINESE, JSON_TURNS = 20000, 0.66, 0.25
 FORMS = [("entry", "web", .20), ("lines", "web", .07), ("dialogue", "web", .15),
