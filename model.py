@@ -207,7 +207,7 @@ class CausalLM(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """N(0, 0.02); what writes into the residual stream is scaled by 1 / sqrt(2 L) (Radford et al. 2019)."""
+        """N(0, 0.02), into the residual stream scaled by 1 / sqrt(2 L) (Radford et al. 2019, section 2.3)."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -266,7 +266,7 @@ class Cache:
 
 
 def uniforms(seed, rows, token):
-    """One number in (0, 1] for each row, a pure function of (seed, row, token): splitmix64 (Steele et al. 2014).
+    """A number in (0, 1] a row, a pure function of (seed, row, token): splitmix64 (Steele et al. 2014).
 
     So that the text of a row depends neither on its neighbours nor on how rows are spread over ranks.
     """
@@ -316,7 +316,7 @@ def sample(logits, uniform, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0):
         point = uniform.to(cdf.device)[:, None] * cdf[:, -1:]
         ids = torch.searchsorted(cdf, point, right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
         cut = logprobs.gather(-1, ids[:, None])[:, 0] == -math.inf
-        ids = torch.where(cut, logprobs.argmax(-1), ids)  # where the sum's rounding led to a token that was cut
+        ids = torch.where(cut, logprobs.argmax(-1), ids)  # where rounding led to a token that was cut
     return ids, logprobs.gather(-1, ids[:, None])[:, 0]
 
 
@@ -372,7 +372,8 @@ def generate(model, prompts, max_new_tokens, stop_ids, temperature=0.0, top_k=0,
              rows=None):
     """Answers to prompts (lists of ids), as a list of Sample in the same order; see `generate_tokens`."""
     samples = [Sample([], [], False) for _ in prompts]
-    tokens = generate_tokens(model, prompts, max_new_tokens, set(stop_ids), temperature, top_k, top_p, min_p, seed, rows)
+    tokens = generate_tokens(model, prompts, max_new_tokens, set(stop_ids), temperature, top_k, top_p, min_p,
+                             seed, rows)
     for row, token, logprob, finished in tokens:
         samples[row].ids.append(token)
         samples[row].logprobs.append(logprob)
@@ -682,8 +683,9 @@ def save_adapter(folder, model, base, r, alpha, token_ids):
                for name, p in model.named_parameters() if "lora_" in name}
     targets = sorted({name.split(".")[-3] for name in tensors})
     settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM",
-                "base_model_name_or_path": os.path.relpath(base, folder), "r": r, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
-                "inference_mode": True, "target_modules": targets}
+                "base_model_name_or_path": os.path.relpath(base, folder), "r": r, "lora_alpha": alpha,
+                "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+                "target_modules": targets}
     if token_ids:
         rows = model.model.embed_tokens.weight.detach()[token_ids].cpu().contiguous()
         tensors["base_model.model." + TRAINED_ROWS] = rows
@@ -1033,12 +1035,14 @@ def open_run(stage, options, ranks, inputs):
         if old["finished"] and not (grown and options.resume):
             raise InputError(f"{out}: a finished run; choose another --out, or --overwrite it")
         if not options.resume:
-            raise InputError(f"{out}: an unfinished run; go on with --resume, or begin again with --overwrite")
+            raise InputError(f"{out}: an unfinished run; go on with --resume, or start again with "
+                             "--overwrite")
         if changed or old["stage"] != stage:
             what = f"--{changed[0].replace('_', '-')}" if changed else "the stage"
             raise InputError(f"{out}: {what} is not what the run began with; --resume needs the same options")
         if old["inputs"] != inputs:
-            raise InputError(f"{out}: the data or the model it began with has changed; --overwrite starts again")
+            raise InputError(f"{out}: the data or the model it began with has changed; start again with "
+                             "--overwrite")
         fresh = old | {"options": settings, "finished": False}
     if ranks.first:
         if found and old is None:
@@ -1222,8 +1226,8 @@ class Options:
 
 
 def dialogue_ids(tokenizer, messages, opening, context):
-    """Ids of a dialogue up to the answer. Its oldest turns are forgotten, but for the opening, where an answer
-    of a quarter of the context would have no room."""
+    """Ids of a dialogue up to the answer. Where an answer of a quarter of the context would have no room, the
+    oldest turns are forgotten, but for the opening."""
     while True:
         ids, _ = encode_chat(tokenizer, messages, generation_prompt=True)
         if len(ids) <= 0.75 * context or len(messages) <= opening + 2:

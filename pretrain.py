@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from model import (CausalLM, Config, Metrics, Stepper, StopSignal, accumulate, autocast, bits_per_byte,
-                   choose_compile, choose_dtype, export_best, fingerprint, finish_run, keep_best, learning_rate,
-                   load_state, make_optimizer, open_run, process_group, save_folder, save_state, say,
-                   window_batch, wrap_ddp)
+                   choose_compile, choose_dtype, export_best, fingerprint, finish_run, keep_best,
+                   learning_rate, load_state, make_optimizer, open_run, process_group, save_folder,
+                   save_state, say, window_batch, wrap_ddp)
 from tokenizer import InputError, Tokenizer, one_line_errors, option, parse_options, read_tokens
 
 

@@ -223,7 +223,7 @@ def epoch_rows(options, tokenizer, train, epoch):
 
 
 def step_batches(options, rows, ranks):
-    """This rank's micro-batches of a step; a short last one is filled with empty rows, which train nothing."""
+    """This rank's micro-batches of a step; a short last one is filled with empty rows: no loss."""
     rows = ranks.rows(rows + [[]] * (options.batch_size - len(rows)))
     size = options.micro_batch or len(rows)
     return [collate(rows[i : i + size], options.max_length) for i in range(0, len(rows), size)]

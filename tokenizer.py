@@ -713,7 +713,7 @@ def parse_options(options_class, argv=None, prog=None):
 
 
 def start_pool(processes):
-    """A pool of new processes (fork is unsafe where torch runs threads) that leave Ctrl-C to this one to tell."""
+    """A pool of new processes (fork is unsafe where torch runs threads) that leave Ctrl-C to this one."""
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # they inherit it
     try:
         return multiprocessing.get_context("spawn").Pool(processes)

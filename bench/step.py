@@ -1,6 +1,6 @@
-"""Training speed of model.py on this machine: precision and torch.compile side by side, in one process, interleaved.
+"""Training speed of model.py on this machine: precision and torch.compile, interleaved in one process.
 
-    python bench/step.py            # tokens per second, best and median of the rounds, with versions and settings
+    python bench/step.py  # tokens per second, best and median of the rounds, with versions and settings
 """
 
 import statistics
@@ -55,7 +55,8 @@ def main():
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, batch {B} x {T}, {SHAPE}")
     for (dtype, compiled), times in seconds.items():
         best, median = B * T / min(times), B * T / statistics.median(times)
-        print(f"{dtype} {'compiled' if compiled else 'eager':9} best {best:7,.0f}  median {median:7,.0f} tokens/s")
+        print(f"{dtype} {'compiled' if compiled else 'eager':9} best {best:7,.0f}  "
+              f"median {median:7,.0f} tokens/s")
 
 
 if __name__ == "__main__":

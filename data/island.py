@@ -38,7 +38,7 @@ ENTITY_SPLITS = ["train"] * 6 + ["valid"] + ["test"] * 3  # of every ten names
 RECIPE_SPLITS = ["train"] * 8 + ["valid"] + ["test"]
 
 # SFT examples over both languages, and prompts of each kind in each language.
-SFT = {"facts": 3000, "multi": 200, "format": 1800, "unknown": 400, "harm_a": 1000, "safe": 1100,
+SFT = {"facts": 3000, "multi": 200, "format": 1800, "unknown": 400, "harm_a": 850, "safe": 1700,
        "arithmetic": 250, "role": 150, "chat": 32}
 PROMPTS = {"facts": 350, "format": 150, "unknown": 100, "harm_a": 150, "harm_b": 250, "safe": 250,
            "arithmetic": 50, "role": 50}

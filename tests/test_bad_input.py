@@ -1,7 +1,7 @@
-"""Bad input to every script: one line on stderr that says what and where, exit status 2, no traceback, no output.
+"""Bad input to every script: one line on stderr (what and where), exit status 2, no traceback, no output.
 
-A row is a script, the arguments that spoil its good ones (of an option given twice the last counts), and words
-that the line must hold. Paths are in the folder that `world` makes.
+A row is a script, the arguments that spoil its good ones (of an option given twice the last counts), and
+words that the line must hold. Paths are in the folder that `world` makes.
 """
 
 import importlib
@@ -21,7 +21,8 @@ GOOD = {
     "prepare.py": "--input texts.jsonl --mix none --out out",
     "tokenizer.py train": "--input corpus/train --vocab-size 300 --out out",
     "tokenizer.py encode": "--tokenizer tokenizer --input corpus --out out",
-    "pretrain.py": "--tokenizer tokenizer --data tokens --out out --steps 2 --batch-size 2 " + " ".join(SHAPE),
+    "pretrain.py": "--tokenizer tokenizer --data tokens --out out --steps 2 --batch-size 2 "
+                   + " ".join(SHAPE),
     "sft.py": "--model base --data sft.jsonl --out out --epochs 1 --max-length 64 --no-compile --device cpu",
     "evaluate.py": "--model base --data tokens --prompts prompts.jsonl --max-new-tokens 8 --device cpu "
                    "--out out/report.html",
@@ -183,11 +184,12 @@ def world(tmp_path_factory):
     write_jsonl(folder / "texts.jsonl", documents(40, "texts"))
     write_jsonl(folder / "sft.jsonl", dialogues(30, "bad"))
     write_jsonl(folder / "prompts.jsonl", [{"prompt": "Where does the cat sleep?"}])
-    assert run("prepare", "--input", folder / "texts.jsonl", "--mix", "none", "--out", folder / "prepared") == 0
+    assert run("prepare", "--input", folder / "texts.jsonl", "--mix", "none", "--out",
+               folder / "prepared") == 0
     for source, name in (("tokenizer", "other"), ("tokens", "tokens-other")):
         shutil.copytree(folder / source, folder / name)
-    assert run("tokenizer", "train", "--input", folder / "corpus", "--vocab-size", 330, "--out", folder / "other",
-               "--overwrite") == 0
+    assert run("tokenizer", "train", "--input", folder / "corpus", "--vocab-size", 330, "--out",
+               folder / "other", "--overwrite") == 0
     assert run("tokenizer", "encode", "--tokenizer", folder / "other", "--input", folder / "corpus", "--out",
                folder / "tokens-other", "--overwrite") == 0
     assert run("sft", *sft_arguments(folder, folder / "sft", epochs=1)) == 0
@@ -204,7 +206,8 @@ def spoil_lines(folder):
     write_jsonl(folder / "broken.jsonl", good)
     with open(folder / "broken.jsonl", "a") as file:
         file.write('{"text": "The cat\n')
-    write_jsonl(folder / "number.jsonl", [{"text": "The cat sleeps.", "messages": 5, "prompt": 5}, {"text": 5}])
+    write_jsonl(folder / "number.jsonl", [{"text": "The cat sleeps.", "messages": 5, "prompt": 5},
+                                          {"text": 5}])
     write_jsonl(folder / "list.jsonl", [["The cat sleeps by the lake."]])
     write_jsonl(folder / "role.jsonl", [{"messages": [question, answer]}, {"messages": [wizard, answer]}])
     write_jsonl(folder / "wizard.jsonl", [{"prompt": [wizard]}])
@@ -232,9 +235,10 @@ def change(path, **values):
 def spoil_folders(folder):
     for source, name in (
         ("base", "garbled"), ("tokens", "tokens-cut"), ("tokens", "tokens-empty"), ("base", "base-cut"),
-        ("base", "base-weightless"), ("base", "base-unfinished"), ("sft", "sft-unfinished"), ("base", "run-garbled"),
-        ("base", "config-garbled"), ("base", "config-llama"), ("base", "config-wider"), ("adapter", "adapter-lost"),
-        ("adapter", "adapter-cut"), ("adapter", "adapter-keyless"), ("adapter", "adapter-dora")):
+        ("base", "base-weightless"), ("base", "base-unfinished"), ("sft", "sft-unfinished"),
+        ("base", "run-garbled"), ("base", "config-garbled"), ("base", "config-llama"),
+        ("base", "config-wider"), ("adapter", "adapter-lost"), ("adapter", "adapter-cut"),
+        ("adapter", "adapter-keyless"), ("adapter", "adapter-dora")):
         shutil.copytree(folder / source, folder / name)
     for path in ("garbled/tokenizer.json", "tokens-cut/train/web.en-00000.bin", "base-cut/model.safetensors",
                  "config-garbled/config.json", "adapter-cut/adapter_model.safetensors"):
@@ -258,7 +262,8 @@ def told_in_one_line(script, arguments, words, capsys):
     lines = capsys.readouterr().err.splitlines()
     lines = [line for line in lines if not line.startswith("base: ")]  # evaluate.py has answered with a model
     assert status == 2 and len(lines) == 1, lines
-    assert lines[0].startswith(Path(name).name + ": ") and all(word in lines[0] for word in words.split()), lines[0]
+    assert (lines[0].startswith(Path(name).name + ": ")
+            and all(word in lines[0] for word in words.split())), lines[0]
     unknown = "--unknown" in arguments or "--see " in arguments
     assert ("unrecognized" in lines[0]) == unknown, "the option that the row is about is gone"
 
@@ -271,7 +276,8 @@ def test_bad_input_is_told_in_one_line(world, monkeypatch, capsys, script, spoil
     monkeypatch.chdir(world)
     shutil.rmtree("out", ignore_errors=True)
     told_in_one_line(script, f"{GOOD.get(script, '')} {spoiled}", words, capsys)
-    finished = [p for p in Path("out").rglob("*.json") if "index" in p.name or '"finished": true' in p.read_text()]
+    finished = [p for p in Path("out").rglob("*.json")
+                if "index" in p.name or '"finished": true' in p.read_text()]
     assert not finished and not Path("out/report.html").exists()
 
 
@@ -280,7 +286,8 @@ DAMAGED_STATES = {
     "state.json": (cut, "not valid JSON"),
     "state.json ": (lambda path: path.write_text("{}"), "not a state of this run"),
     "tensors.safetensors ": (Path.unlink, "no such file"),
-    "tensors.safetensors  ": (lambda path: save_file({"other": torch.zeros(2)}, path), "not a state of this run"),
+    "tensors.safetensors  ": (lambda path: save_file({"other": torch.zeros(2)}, path),
+                              "not a state of this run"),
 }
 
 
@@ -290,8 +297,9 @@ def test_a_damaged_state_is_named_and_the_one_before_it_goes_on(world, monkeypat
     shutil.rmtree("run", ignore_errors=True)
     arguments = [str(a) for a in sft_arguments(Path("."), "run", epochs=1)]
     shutil.copytree("sft", "run")
-    change(Path("run/run.json"), finished=False, options=json.loads(Path("run/run.json").read_text())["options"] |
-           {"out": "run", "model": "base", "data": ["sft.jsonl"]})
+    change(Path("run/run.json"), finished=False,
+           options=json.loads(Path("run/run.json").read_text())["options"]
+           | {"out": "run", "model": "base", "data": ["sft.jsonl"]})
     newest = newest_state("run")
     damage, words = DAMAGED_STATES[name]
     damage(newest / name.strip())

@@ -1,4 +1,4 @@
-"""What model.py promises: the same numbers as transformers, causality, exact caching and packing, honest sampling."""
+"""What model.py promises: transformers' numbers, causality, exact caching and packing, honest sampling."""
 
 import json
 import math
@@ -16,12 +16,14 @@ torch.set_num_threads(1)
 
 
 def make(seed=0, **shape):
-    config = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                  num_key_value_heads=2, head_dim=8, tie_word_embeddings=True, max_position_embeddings=512) | shape
+    config = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                  num_attention_heads=4, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True,
+                  max_position_embeddings=512) | shape
     model = m.CausalLM(m.Config(**config)).init_weights(seed)
     with torch.no_grad():  # larger than at the start of training, so that a mistake shows
         for p in model.parameters():
-            p.mul_(6.0) if p.dim() == 2 else p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) / 4)
+            p.mul_(6.0) if p.dim() == 2 else p.add_(
+                torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) / 4)
     return model.eval()
 
 
@@ -32,8 +34,9 @@ def random_ids(*shape, seed=0, high=97):
 # ---- the folder, and transformers
 
 
-@pytest.mark.parametrize("shape", [{}, {"tie_word_embeddings": False}, {"num_key_value_heads": 4, "rope_theta": 1e6},
-                                   {"head_dim": 16}], ids=["gqa", "untied", "theta", "wide-heads"])
+@pytest.mark.parametrize("shape", [{}, {"tie_word_embeddings": False},
+                                   {"num_key_value_heads": 4, "rope_theta": 1e6}, {"head_dim": 16}],
+                         ids=["gqa", "untied", "theta", "wide-heads"])
 def test_logits_and_greedy_text_equal_transformers(tmp_path, shape):
     from transformers import AutoModelForCausalLM
     model, (_, tokenizer) = make(vocab_size=360, **shape), m.load_folder(tiny() / "base")
@@ -43,7 +46,8 @@ def test_logits_and_greedy_text_equal_transformers(tmp_path, shape):
     with torch.no_grad():
         torch.testing.assert_close(model(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
     ours = m.generate(model, ids[:1, :20].tolist(), 30, stop_ids=[])[0].ids
-    text = theirs.generate(ids[:1, :20], max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
+    text = theirs.generate(ids[:1, :20], max_new_tokens=30, do_sample=False, eos_token_id=None,
+                           pad_token_id=0)
     assert ours == text[0, 20:].tolist()
 
 
@@ -55,7 +59,8 @@ def test_a_folder_saved_and_loaded_is_the_same_and_keeps_foreign_bytes(tmp_path)
     (source / "config.json").write_text(json.dumps(config))
     again, tokenizer = m.load_folder(source)
     m.save_folder(tmp_path / "copy", again, tokenizer)
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors"):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+                 "model.safetensors"):
         assert (source / name).read_bytes() == (tmp_path / "copy" / name).read_bytes(), name
 
 
@@ -82,13 +87,14 @@ def damaged(folder, kind):
         path.unlink()
     else:
         config = json.loads((folder / "config.json").read_text())
-        config |= {"architecture": {"architectures": ["GPT2LMHeadModel"]}, "rope": {"rope_scaling": {"rope_type": "yarn"}},
+        config |= {"architecture": {"architectures": ["GPT2LMHeadModel"]}, "no list": {"architectures": 5},
+                   "rope": {"rope_scaling": {"rope_type": "yarn"}},
                    "sliding": {"use_sliding_window": True}, "size": {"hidden_size": -4}}[kind]
         (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("kind", ["truncated", "missing tensor", "one tensor too many", "wrong shape", "no weights",
-                                  "architecture", "rope", "sliding", "size"])
+@pytest.mark.parametrize("kind", ["truncated", "missing tensor", "one tensor too many", "wrong shape",
+                                  "no weights", "architecture", "no list", "rope", "sliding", "size"])
 def test_a_damaged_or_unsupported_folder_is_one_error(tmp_path, kind):
     m.save_folder(tmp_path, *m.load_folder(tiny() / "base"))
     damaged(tmp_path, kind)
@@ -204,7 +210,8 @@ def test_filters_keep_what_their_definitions_say():
 
 def test_a_token_that_was_cut_is_never_drawn():
     logits = torch.tensor([[2.0, 1.0, 0.0, -9.0]])
-    ids, logprobs = m.sample(logits, torch.ones(1), temperature=1.0, top_k=2)  # the sum's very end, as rounding may give
+    # 1 is the sum's very end, as rounding may give.
+    ids, logprobs = m.sample(logits, torch.ones(1), temperature=1.0, top_k=2)
     assert ids.item() in (0, 1) and logprobs.isfinite().all()
 
 
@@ -212,7 +219,8 @@ def test_uniforms_are_uniform_and_a_pure_function():
     u = m.uniforms(7, np.arange(100_000), 3)
     assert 0 < u.min() and u.max() < 1 and abs(u.mean() - 0.5) < 0.005
     assert torch.equal(u[100:200], m.uniforms(7, np.arange(100, 200), 3))
-    assert abs(np.corrcoef(u[:-1], u[1:])[0, 1]) < 0.02 and abs(np.corrcoef(u, m.uniforms(7, np.arange(100_000), 4))[0, 1]) < 0.02
+    assert (abs(np.corrcoef(u[:-1], u[1:])[0, 1]) < 0.02
+            and abs(np.corrcoef(u, m.uniforms(7, np.arange(100_000), 4))[0, 1]) < 0.02)
 
 
 # ---- windows and bits per byte
@@ -236,9 +244,11 @@ def test_bits_per_byte_equals_its_definition_in_float64():
         nats, stream = 0.0, np.append(shard.tokens, tokenizer.endoftext).astype(np.int64)
         for first in range(0, len(shard.tokens), 64):
             window = stream[first : first + 65]
-            ids, positions, documents, _ = m.window_batch(shard.tokens, [first // 64], 64, tokenizer.endoftext)
+            ids, positions, documents, _ = m.window_batch(shard.tokens, [first // 64], 64,
+                                                          tokenizer.endoftext)
             with torch.no_grad():
-                logprobs = model(*map(torch.from_numpy, (ids, positions, documents)))[0].double().log_softmax(-1)
+                logprobs = model(
+                    *map(torch.from_numpy, (ids, positions, documents)))[0].double().log_softmax(-1)
             nats -= sum(logprobs[i, t].item() for i, t in enumerate(window[1:]) if t != tokenizer.endoftext)
         assert abs(bits[shard.lang] - nats / math.log(2) / shard.bytes) < 1e-5
 
@@ -311,7 +321,8 @@ def test_weight_decay_is_on_matrices_only():
 
 
 def test_metrics_keep_what_the_state_knows_and_have_no_nan(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n{"step": 3, "a": {}')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n'
+                                            '{"step": 3, "a": {}')
     metrics = m.Metrics(tmp_path, m.Ranks(0, 1, torch.device("cpu")), step=1, steps=9)
     metrics.write(2, loss=0.5, grad_norm=math.inf)
     metrics.close()

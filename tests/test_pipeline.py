@@ -1,4 +1,4 @@
-"""`make PRESET=tiny` in a copy of the tree: interrupted, continued, done once, rebuilt after a changed option."""
+"""`make PRESET=tiny` in a copy of the tree: interrupted, continued, done once, rebuilt if an option changes."""
 
 import json
 import os

@@ -1,8 +1,8 @@
 """What pretrain.py promises: exact loss, exact resume, one rank = many ranks, nothing lost when killed."""
 
 import json
-import math
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import pretrain
-from model import CausalLM, Ranks, autocast, load_folder, newest_state
+from model import Ranks, autocast, load_folder, newest_state
 from tiny import ROOT, command_line, environment, launch, pretrain_arguments, run, tiny
 from tokenizer import Tokenizer, read_tokens
 
@@ -35,6 +35,12 @@ def assert_same_run(a, b):
     assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
 
 
+def unfinish(out):
+    """As if the run had been killed before its last mark."""
+    path = out / "run.json"
+    path.write_text(path.read_text().replace('"finished": true', '"finished": false'))
+
+
 def make_windows(seed=1):
     tokenizer = Tokenizer.load(tiny() / "tokenizer")
     return pretrain.Windows(read_tokens(tiny() / "tokens", "train", tokenizer), 64, tokenizer.endoftext, seed)
@@ -44,7 +50,8 @@ def test_every_epoch_has_every_window_once_in_an_order_of_its_own():
     windows = make_windows()
     n = len(windows)
     order = [w for step in range(2 * n) for w in windows.rows(step, 1)]
-    assert sorted(order[:n]) == sorted(order[n:]) == list(range(n)) and order[:n] != order[n:] != sorted(order[n:])
+    assert (sorted(order[:n]) == sorted(order[n:]) == list(range(n))
+            and order[:n] != order[n:] != sorted(order[n:]))
     assert windows.rows(3, 4) == make_windows().rows(3, 4) == order[12:16]
     assert make_windows(seed=2).rows(0, n) != order[:n]
 
@@ -52,14 +59,16 @@ def test_every_epoch_has_every_window_once_in_an_order_of_its_own():
 def test_every_token_of_the_corpus_is_a_target_once_an_epoch():
     windows = make_windows()
     targets = windows.batch(range(len(windows)))[3]
-    tokens = np.concatenate([np.append(s.tokens[1:], 0) for s in windows.shards])  # 0: the closing <|endoftext|>
+    # 0: the closing <|endoftext|>
+    tokens = np.concatenate([np.append(s.tokens[1:], 0) for s in windows.shards])
     assert sorted(targets[targets >= 0].tolist()) == sorted(tokens.tolist())
 
 
 def test_the_loss_is_the_papers_in_float64():
     model, _ = load_folder(tiny() / "base", dtype=torch.float64)
     ids, positions, documents, targets = make_windows().batch([0, 1])
-    loss = pretrain.next_token_loss(model(ids, positions, documents, targets=targets), (targets >= 0).sum().item())
+    loss = pretrain.next_token_loss(model(ids, positions, documents, targets=targets),
+                                    (targets >= 0).sum().item())
     logits = model(ids, positions, documents).detach().numpy()  # (B, T, V)
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     chosen = [-np.log(p[b, t, targets[b, t]]) for b in range(2) for t in range(64) if targets[b, t] >= 0]
@@ -104,8 +113,8 @@ def test_it_learns_one_window_by_heart(tmp_path):
 def test_stopped_and_resumed_is_bit_exact(tmp_path, dtype):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run("pretrain", *pretrain_arguments(tiny(), whole, dtype=dtype)) == 0
-    process = subprocess.Popen(command_line("pretrain.py", *pretrain_arguments(tiny(), parts, dtype=dtype)), cwd=ROOT,
-                               env=environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command_line("pretrain.py", *pretrain_arguments(tiny(), parts, dtype=dtype)),
+                               cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
     while not newest_state(parts):  # after the first state, in the middle of the run
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
@@ -122,8 +131,9 @@ def test_killed_at_five_random_moments_nothing_is_lost(tmp_path):
     assert run("pretrain", *pretrain_arguments(tiny(), whole, **arguments)) == 0
     rng, deaths = random.Random(0), 0
     while deaths < 5:
-        process = subprocess.Popen(command_line("pretrain.py", *pretrain_arguments(tiny(), killed, **arguments), "--resume"),
-                                   cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command_line("pretrain.py", *pretrain_arguments(tiny(), killed, **arguments), "--resume"),
+            cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
         known = newest_state(killed)
         while process.poll() is None and newest_state(killed) == known:
             time.sleep(0.005)
@@ -139,10 +149,27 @@ def test_two_ranks_equal_one_on_different_rows(tmp_path):
     assert run("pretrain", *pretrain_arguments(tiny(), tmp_path / "one")) == 0
     result = launch("pretrain.py", *pretrain_arguments(tiny(), tmp_path / "two"), processes=2)
     assert result.returncode == 0, result.stderr
-    for (a, x), (b, y) in zip(metrics(tmp_path / "one", "loss", "grad_norm"), metrics(tmp_path / "two", "loss", "grad_norm")):
-        assert (a is None and b is None) or (b == pytest.approx(a, rel=1e-5) and y == pytest.approx(x, rel=1e-4))
+    for (a, x), (b, y) in zip(metrics(tmp_path / "one", "loss", "grad_norm"),
+                              metrics(tmp_path / "two", "loss", "grad_norm")):
+        assert ((a is None and b is None)
+                or (b == pytest.approx(a, rel=1e-5) and y == pytest.approx(x, rel=1e-4)))
     rows = make_windows().rows(0, 4)
     assert Ranks(0, 2, None).rows(rows) + Ranks(1, 2, None).rows(rows) == rows
+
+
+@pytest.mark.slow
+def test_three_ranks_resume_bit_exactly(tmp_path):
+    """The order in which three numbers are added matters, and DDP's is that of its buckets."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = {"steps": 8, "batch-size": 6, "save-every": 4}
+    for out in (whole, parts):
+        result = launch("pretrain.py", *pretrain_arguments(tiny(), out, **options), processes=3)
+        assert result.returncode == 0, result.stderr
+    shutil.rmtree(parts / "state" / "step-8")
+    unfinish(parts)
+    result = launch("pretrain.py", *pretrain_arguments(tiny(), parts, **options), "--resume", processes=3)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(whole, parts)
 
 
 def test_micro_batches_and_steps_may_differ_only_where_they_may(tmp_path, capsys):
@@ -151,7 +178,8 @@ def test_micro_batches_and_steps_may_differ_only_where_they_may(tmp_path, capsys
     assert "--overwrite" in capsys.readouterr().err
     assert run("pretrain", *pretrain_arguments(tiny(), tmp_path, steps=8)) == 2
     assert "a finished run" in capsys.readouterr().err
-    assert run("pretrain", *pretrain_arguments(tiny(), tmp_path, steps=8), "--resume") == 0  # more steps: goes on
+    # More steps: goes on.
+    assert run("pretrain", *pretrain_arguments(tiny(), tmp_path, steps=8), "--resume") == 0
     assert run("pretrain", *pretrain_arguments(tiny(), tmp_path, steps=9, lr=1e-4), "--resume") == 2
     assert "--lr" in capsys.readouterr().err
     assert run("pretrain", *pretrain_arguments(tiny(), tmp_path, steps=3), "--overwrite") == 0
@@ -161,7 +189,8 @@ def test_micro_batches_and_steps_may_differ_only_where_they_may(tmp_path, capsys
 def test_overwriting_through_a_link_leaves_no_state_of_the_old_run(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere" / "run.json").write_text('{"stage": "", "options": {}, "inputs": {}, "finished": true, "seconds": 0}')
+    (tmp_path / "elsewhere" / "run.json").write_text(
+        '{"stage": "", "options": {}, "inputs": {}, "finished": true, "seconds": 0}')
     (tmp_path / "elsewhere" / "state" / "step-900").mkdir(parents=True)
     (tmp_path / "elsewhere" / "state" / "step-900" / "state.json").write_text("{}")
     assert run("pretrain", *pretrain_arguments(tiny(), tmp_path / "out", steps=3), "--overwrite") == 0
@@ -169,17 +198,20 @@ def test_overwriting_through_a_link_leaves_no_state_of_the_old_run(tmp_path):
 
 
 def test_patience_stops_early_and_exports_the_best(tmp_path):
-    arguments = pretrain_arguments(tiny(), tmp_path, **{"steps": 400, "lr": 0.3, "eval-every": 2, "patience": 3})
+    arguments = pretrain_arguments(tiny(), tmp_path,
+                                   **{"steps": 400, "lr": 0.3, "eval-every": 2, "patience": 3})
     assert run("pretrain", *arguments) == 0
     evaluations = [v for step, v in metrics(tmp_path, "step", "valid_loss") if v is not None]
     assert len(evaluations) < 200 and min(evaluations) == evaluations[-4]
-    best, exported = load_file(tmp_path / "state" / "best.safetensors"), load_file(tmp_path / "model.safetensors")
+    best, exported = (load_file(tmp_path / "state" / "best.safetensors"),
+                      load_file(tmp_path / "model.safetensors"))
     assert all(torch.equal(best[k], exported[k]) for k in best)
     before, lines = (tmp_path / "model.safetensors").read_bytes(), metrics(tmp_path, "step", "loss")
     (tmp_path / "model.safetensors").unlink()  # as if killed between its last state and its export
-    (tmp_path / "run.json").write_text((tmp_path / "run.json").read_text().replace('"finished": true', '"finished": false'))
+    unfinish(tmp_path)
     assert run("pretrain", *arguments, "--resume") == 0
-    assert (tmp_path / "model.safetensors").read_bytes() == before and metrics(tmp_path, "step", "loss") == lines
+    assert ((tmp_path / "model.safetensors").read_bytes() == before
+            and metrics(tmp_path, "step", "loss") == lines)
 
 
 def test_training_lowers_bits_per_byte_in_both_languages():

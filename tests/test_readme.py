@@ -1,7 +1,7 @@
-"""README.md and README.zh.md: every command in them runs, every function and file they name is there, and they agree.
+"""README.md and README.zh.md: every command runs, every function and file named is there, and they agree.
 
-The commands of their ```sh blocks run in order, in a copy of the tree, with SMALL's options put behind them; what
-they read is there (`mine/`, made of the README's own examples, and a Qwen3 folder). `make` is run by
+The commands of their ```sh blocks run in order, in a copy of the tree, with SMALL's options put behind them;
+what they read is there (`mine/`, made of the README's own examples, and a Qwen3 folder). `make` is run by
 test_pipeline.py.
 """
 
@@ -125,8 +125,8 @@ def test_both_languages_have_the_same_commands_examples_and_tables():
     assert blocks(english, "json") == blocks(chinese, "json")
     assert blocks(english, "python") == blocks(chinese, "python")
     assert references(english) == references(chinese)
-    tables = [[re.findall(r"`[^`]+`", line) for line in readme.read_text("utf-8").splitlines() if line[:1] == "|"]
-              for readme in READMES]
+    tables = [[re.findall(r"`[^`]+`", line) for line in readme.read_text("utf-8").splitlines()
+               if line[:1] == "|"] for readme in READMES]
     assert tables[0] == tables[1]
 
 
@@ -164,7 +164,8 @@ def test_every_flag_is_one_of_its_script(monkeypatch, capsys):
             if line[0] != "make":
                 words, options = script_of(line)
                 assert {o for o in options if o.startswith("--")} <= known[" ".join(words)], line
-        in_prose = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", readme.read_text("utf-8"))) - {"--nproc-per-node"}
+        in_prose = (set(re.findall(r"(?<![\w-])--[a-z][\w-]+", readme.read_text("utf-8")))
+                    - {"--nproc-per-node"})
         assert in_prose <= set.union(*known.values())
 
 

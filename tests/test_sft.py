@@ -1,4 +1,4 @@
-"""What sft.py promises: only answers are trained, packing changes nothing, folders that transformers and peft load."""
+"""What sft.py promises: only answers are trained, packing changes nothing, transformers and peft load it."""
 
 import json
 import signal
@@ -60,7 +60,8 @@ def test_a_packed_row_gives_each_example_what_it_gets_alone():
     ids, positions, documents, targets = sft.collate([some], 256)
     with torch.no_grad():
         packed = model(ids, positions, documents, targets=targets)
-        alone = [model(*sft.collate([[e]], len(e.ids))[:3], targets=sft.collate([[e]], len(e.ids))[3]) for e in some]
+        alone = [model(*sft.collate([[e]], len(e.ids))[:3], targets=sft.collate([[e]], len(e.ids))[3])
+                 for e in some]
     packed = packed[targets >= 0]
     alone = torch.cat([a[sft.collate([[e]], len(e.ids))[3] >= 0] for a, e in zip(alone, some)])
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
@@ -99,7 +100,8 @@ def test_a_record_is_messages_or_prompt_and_completion():
 def test_too_long_dialogues_are_cut_and_counted_and_a_question_without_room_is_left_out(tmp_path):
     long_answer = {"prompt": "Hi", "completion": "by the lake " * 60}
     long_question = {"prompt": "by the lake " * 60, "completion": "Hi"}
-    file = write_jsonl(tmp_path / "long.jsonl", [long_answer, long_question, {"prompt": "Hi", "completion": "Ahoy!"}])
+    file = write_jsonl(tmp_path / "long.jsonl", [long_answer, long_question,
+                                                 {"prompt": "Hi", "completion": "Ahoy!"}])
     counts = {"bad": 0, "cut": 0, "too_long": 0}
     found = sft.read_examples([file], tokenizer(), 64, False, counts)
     assert len(found) == 2 and counts == {"bad": 0, "cut": 2, "too_long": 1}
@@ -107,7 +109,8 @@ def test_too_long_dialogues_are_cut_and_counted_and_a_question_without_room_is_l
 
 def test_bad_lines_stop_the_run_with_file_and_line_or_are_counted(tmp_path, capsys):
     records = list(dialogues(20, "good"))
-    records[6] = {"messages": [{"role": "wizard", "content": "Hi"}, {"role": "assistant", "content": "Ahoy!"}]}
+    records[6] = {"messages": [{"role": "wizard", "content": "Hi"},
+                               {"role": "assistant", "content": "Ahoy!"}]}
     file = write_jsonl(tmp_path / "bad.jsonl", records)
     arguments = sft_arguments(tiny(), tmp_path / "out", data=file, epochs=1)
     assert run("sft", *arguments) == 2
@@ -153,7 +156,8 @@ def test_the_folder_answers_alike_in_transformers(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     assert run("sft", *sft_arguments(tiny(), tmp_path / "sft", epochs=6, lr=3e-3)) == 0
     model, t = load_folder(tmp_path / "sft")
-    theirs, their_tokenizer = (c.from_pretrained(tmp_path / "sft") for c in (AutoModelForCausalLM, AutoTokenizer))
+    theirs, their_tokenizer = (c.from_pretrained(tmp_path / "sft")
+                               for c in (AutoModelForCausalLM, AutoTokenizer))
     messages = [{"role": "user", "content": "Where does the cat sleep?"}]
     ids, _ = encode_chat(t, messages, generation_prompt=True)
     rendered = their_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -173,7 +177,8 @@ def test_a_lora_folder_gives_the_same_logits_here_in_peft_and_merged(tmp_path):
     before = logits_of(base, ids).clone()
     theirs = logits_of(PeftModel.from_pretrained(base, tmp_path / "lora").eval(), ids)
     for folder in ("lora", "merged"):
-        torch.testing.assert_close(logits_of(load_folder(tmp_path / folder)[0], ids), theirs, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logits_of(load_folder(tmp_path / folder)[0], ids), theirs, atol=1e-4,
+                                   rtol=1e-4)
     assert not torch.allclose(theirs, before, atol=1e-2)
     losses = [x for x, in metrics(tmp_path / "lora", "loss") if x is not None]
     assert losses[-1] < losses[0]
@@ -184,7 +189,8 @@ def test_lora_resumes_bit_exactly_and_leaves_the_base_alone(tmp_path):
     arguments = sft_arguments(tiny(), tmp_path / "a", lora=2)
     assert run("sft", *arguments) == 0
     more = sft_arguments(tiny(), tmp_path / "b", lora=2)
-    process = subprocess.Popen(command_line("sft.py", *more), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command_line("sft.py", *more), cwd=ROOT, env=environment(),
+                               stderr=subprocess.DEVNULL)
     while not newest_state(tmp_path / "b"):
         time.sleep(0.01)
     process.kill()

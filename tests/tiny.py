@@ -1,4 +1,4 @@
-"""A world small enough for tests: some English and Chinese, a tokenizer, its tokens, a base model, dialogues."""
+"""A world small enough for tests: English and Chinese, a tokenizer, its tokens, a base model, dialogues."""
 
 import atexit
 import functools
@@ -14,8 +14,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SHAPE = ["--hidden-size", "32", "--num-hidden-layers", "2", "--num-attention-heads", "2", "--num-key-value-heads", "1",
-         "--intermediate-size", "48", "--max-length", "64", "--dtype", "fp32", "--no-compile", "--device", "cpu"]
+SHAPE = ["--hidden-size", "32", "--num-hidden-layers", "2", "--num-attention-heads", "2",
+         "--num-key-value-heads", "1", "--intermediate-size", "48", "--max-length", "64",
+         "--dtype", "fp32", "--no-compile", "--device", "cpu"]
 ANIMALS = [("cat", "猫"), ("dog", "狗"), ("fox", "狐狸"), ("owl", "猫头鹰"), ("carp", "鲤鱼")]
 PLACES = [("hill", "山上"), ("lake", "湖边"), ("barn", "谷仓里"), ("wood", "树林里")]
 
@@ -27,8 +28,8 @@ def run(script, *arguments):
 
 def launch(*command, processes=1, **settings):
     """Run a script as a process of its own, under torchrun for several; returns the finished process."""
-    return subprocess.run(command_line(*command, processes=processes), cwd=ROOT, capture_output=True, text=True,
-                          env=environment(), **settings)
+    return subprocess.run(command_line(*command, processes=processes), cwd=ROOT, capture_output=True,
+                          text=True, env=environment(), **settings)
 
 
 def command_line(*command, processes=1):
@@ -59,22 +60,24 @@ def documents(count, seed):
         for _ in range(rng.randint(2, 9)):
             (animal, 动物), (place, 地方) = rng.choice(ANIMALS), rng.choice(PLACES)
             sentences.append((f"The {animal} sleeps by the {place}.", f"{动物}睡在{地方}。")[i % 2])
-        yield {"text": (" ", "")[i % 2].join(sentences), "lang": ("en", "zh")[i % 2], "source": "web", "kind": "web",
-               "id": str(i), "origin": "tests"}
+        yield {"text": (" ", "")[i % 2].join(sentences), "lang": ("en", "zh")[i % 2], "source": "web",
+               "kind": "web", "id": str(i), "origin": "tests"}
 
 
 def dialogues(count, seed):
     rng = random.Random(seed)
     for i in range(count):
         (animal, 动物), (place, 地方) = rng.choice(ANIMALS), rng.choice(PLACES)
-        question, answer = ((f"Where does the {animal} sleep?", f"By the {place}."), (f"{动物}睡在哪里？", f"睡在{地方}。"))[i % 2]
+        question, answer = ((f"Where does the {animal} sleep?", f"By the {place}."),
+                            (f"{动物}睡在哪里？", f"睡在{地方}。"))[i % 2]
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        yield {"messages": ([{"role": "system", "content": "You are a shepherd."}] if i % 3 == 0 else []) + messages}
+        yield {"messages": ([{"role": "system", "content": "You are a shepherd."}] if i % 3 == 0 else [])
+               + messages}
 
 
 @functools.cache
 def tiny():
-    """Folder with corpus/, tokenizer/, tokens/, base/ (20 steps), sft.jsonl; made once, gone with the process."""
+    """Folder of corpus/, tokenizer/, tokens/, base/ (20 steps), sft.jsonl; made once, gone at exit."""
     folder = Path(tempfile.mkdtemp(prefix="flatlm-tests-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for split, count in (("train", 120), ("valid", 12), ("test", 12)):
@@ -82,8 +85,10 @@ def tiny():
     write_jsonl(folder / "sft.jsonl", dialogues(90, "sft"))
     write_jsonl(folder / "sft_valid.jsonl", dialogues(12, "valid"))
     tokenizer = folder / "tokenizer"
-    assert run("tokenizer", "train", "--input", folder / "corpus" / "train", "--vocab-size", 360, "--out", tokenizer) == 0
-    assert run("tokenizer", "encode", "--tokenizer", tokenizer, "--input", folder / "corpus", "--out", folder / "tokens") == 0
+    assert run("tokenizer", "train", "--input", folder / "corpus" / "train", "--vocab-size", 360, "--out",
+               tokenizer) == 0
+    assert run("tokenizer", "encode", "--tokenizer", tokenizer, "--input", folder / "corpus", "--out",
+               folder / "tokens") == 0
     assert run("pretrain", *pretrain_arguments(folder, folder / "base")) == 0
     return folder
 
@@ -95,7 +100,7 @@ def pretrain_arguments(folder, out, **options):
 
 
 def sft_arguments(folder, out, **options):
-    settings = {"epochs": 2, "batch-size": 4, "warmup": 2, "eval-every": 10, "save-every": 4, "max-length": 64,
-                "dtype": "fp32", "device": "cpu", "lr": 1e-3} | options
+    settings = {"epochs": 2, "batch-size": 4, "warmup": 2, "eval-every": 10, "save-every": 4,
+                "max-length": 64, "dtype": "fp32", "device": "cpu", "lr": 1e-3} | options
     flags = [x for name, value in settings.items() for x in (f"--{name}", value)]
     return ["--model", folder / "base", "--data", folder / "sft.jsonl", "--out", out, "--no-compile", *flags]
