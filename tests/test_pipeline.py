@@ -1,4 +1,4 @@
-"""`make PRESET=tiny` in a copy of the tree: interrupted, continued, done once, rebuilt if an option changes."""
+"""`make PRESET=tiny` in a copied tree: interrupted, continued, done once, rebuilt after a changed option."""
 
 import json
 import os
