@@ -153,9 +153,8 @@ def split_examples(options, tokenizer, counts):
     return train, valid or train[:1]
 
 
-def replay_examples(options, tokenizer, tokens, epoch):
+def replay_examples(options, tokenizer, shards, tokens, epoch):
     """About `tokens` tokens of pretraining documents, drawn anew each epoch; every token is trained."""
-    shards = read_tokens(options.replay, "train", tokenizer)
     places = np.concatenate([np.stack([np.full(s.documents, i), np.arange(s.documents)], 1)
                              for i, s in enumerate(shards)])  # (documents, 2): shard, number in it
     np.random.default_rng([options.seed, epoch, 1]).shuffle(places)
@@ -211,12 +210,12 @@ def collate(rows, max_length):
     return [torch.from_numpy(x) for x in (ids, positions, documents, targets)]
 
 
-def epoch_rows(options, tokenizer, train, epoch):
-    """All rows of an epoch, packed, in the epoch's shuffled order (lists of Example)."""
+def epoch_rows(options, tokenizer, train, shards, epoch):
+    """All rows of an epoch (lists of Example), packed in its shuffled order; `shards` hold the replay."""
     examples = list(train)
-    if options.replay:
+    if shards:
         tokens = sum(len(e.ids) for e in train) * options.replay_share / (1 - options.replay_share)
-        examples += replay_examples(options, tokenizer, tokens, epoch)
+        examples += replay_examples(options, tokenizer, shards, tokens, epoch)
     order = np.random.default_rng([options.seed, epoch]).permutation(len(examples))
     examples = [examples[i] for i in order]
     return [[examples[i] for i in row] for row in pack([len(e.ids) for e in examples], options.max_length)]
@@ -305,8 +304,7 @@ def train(options, ranks):
     counts = {"bad": 0, "cut": 0, "too_long": 0}
     train_set, valid_set = split_examples(options, tokenizer, counts)
     files = data_files(options.data + ([options.valid] if options.valid else []))
-    if options.replay:
-        read_tokens(options.replay, "train", tokenizer)  # refused now, not after something is written
+    shards = read_tokens(options.replay, "train", tokenizer) if options.replay else []
     replay = [Path(options.replay) / "index.json"] if options.replay else []
     weights = Path(options.model).glob("*.safetensors")
     inputs = {"model": fingerprint(weights), "data": fingerprint(files + replay)}
@@ -319,7 +317,7 @@ def train(options, ranks):
     record = {"step": 0, "tokens": 0, "best": math.inf, "worse": 0, "seconds": 0.0}
     if state:
         record = load_state(state, {"model": (model, optimizer)}, stepper)
-    epochs = [epoch_rows(options, tokenizer, train_set, epoch) for epoch in range(options.epochs)]
+    epochs = [epoch_rows(options, tokenizer, train_set, shards, epoch) for epoch in range(options.epochs)]
     size = options.batch_size
     steps = [rows[i : i + size] for rows in epochs for i in range(0, len(rows), size)]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
