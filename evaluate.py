@@ -17,7 +17,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import importlib.util
 import io
 import json
 import math
@@ -34,7 +33,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from model import bits_per_byte, generate, load_folder, process_group, read_json, say, stop_ids, write_json
-from tokenizer import InputError, check_messages, encode_chat, read_jsonl, read_tokens
+from tokenizer import InputError, check_messages, encode_chat, load_scorer, read_jsonl, read_tokens
 from tokenizer import one_line_errors, option, parse_options, write_whole
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -250,21 +249,6 @@ def answer_prompts(model, tokenizer, items, stop, options, ranks, name=""):
         dist.all_gather_object(shares, answers)
         answers = {i: a for share in shares for i, a in share.items()}
     return [answers[i] for i in sorted(answers)]
-
-
-def load_scorer(name):
-    """`file.py:function` -> the function. Raises InputError where there is none."""
-    path, _, function = name.rpartition(":")
-    if not path.endswith(".py"):
-        raise InputError(f"--scorer {name}: expected file.py:function")
-    spec = importlib.util.spec_from_file_location("scorer_" + Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up by name
-    try:
-        spec.loader.exec_module(module)
-        return getattr(module, function)
-    except (Exception, SystemExit) as error:
-        raise InputError(f"--scorer {name}: {error!r}") from None
 
 
 def judge(answers, score):

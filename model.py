@@ -217,6 +217,25 @@ class CausalLM(nn.Module):
         return self
 
 
+class RewardModel(nn.Module):
+    """Decoder with a head of one number instead of the vocabulary: a reward model, or PPO's critic.
+
+    transformers calls it Qwen3ForSequenceClassification. The reward of a dialogue is the score at its last
+    token; a critic's value is the score at each token.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.score = nn.Linear(config.hidden_size, 1, bias=False)
+        self.source = None
+
+    def forward(self, ids, positions=None, documents=None):
+        """ids (B, T) -> scores (B, T), fp32."""
+        return self.score(self.model(ids, positions, documents))[..., 0].float()
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Generation
 
@@ -518,15 +537,15 @@ MUST_BE = {"attention_bias": False, "hidden_act": "silu", "use_sliding_window": 
            "attention_dropout": 0.0, "quantization_config": None}
 
 
-def read_config(folder):
+def read_config(folder, architecture):
     """config.json -> Config. Absent keys take Qwen3's defaults; what is not supported is an error."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise InputError(f"{folder}: not a model folder (no config.json there)")
     raw = read_json(path)
     architectures = raw.get("architectures")
-    if architectures != ["Qwen3ForCausalLM"]:
-        raise InputError(f"{path}: architectures {architectures} is not supported; Qwen3ForCausalLM is")
+    if architectures != [architecture]:
+        raise InputError(f"{path}: architectures {architectures} is not supported here; {architecture} is")
     for key, value in MUST_BE.items():
         if raw.get(key, value) not in (value, None):
             raise InputError(f"{path}: {key} = {raw[key]!r} is not supported")
@@ -550,7 +569,7 @@ def read_config(folder):
 
 
 def config_json(config: Config, tokenizer):
-    """The config.json of a folder we create, in both dialects (rope_theta and rope_parameters, ...)."""
+    """The config.json of a language model we create, in both dialects (rope_theta, rope_parameters, ...)."""
     theta = float(config.rope_theta)
     return {
         "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **dataclasses.asdict(config),
@@ -603,19 +622,22 @@ def load_weights(model, weights, where):
         tensor.copy_(weights[name])
 
 
-def load_folder(folder, device="cpu", dtype=torch.float32):
-    """A checkpoint folder -> (CausalLM, Tokenizer). A LoRA adapter's folder gives its base, adapter merged.
+ARCHITECTURES = {CausalLM: "Qwen3ForCausalLM", RewardModel: "Qwen3ForSequenceClassification"}
 
-    Raises InputError for a folder that is missing, damaged, or of an unsupported kind.
+
+def load_folder(folder, device="cpu", dtype=torch.float32, kind=CausalLM):
+    """A checkpoint folder -> (model, Tokenizer). A LoRA adapter's folder gives its base, adapter merged.
+
+    kind: CausalLM or RewardModel. InputError for a folder that is missing, damaged, or of another kind.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    if (folder / "adapter_config.json").exists():
+    if (folder / "adapter_config.json").exists() and kind is CausalLM:
         return load_adapter(folder, device, dtype)
-    config = read_config(folder)
+    config = read_config(folder, ARCHITECTURES[kind])
     weights = read_weights(folder)
-    model = CausalLM(config).to(device=device, dtype=dtype)
+    model = kind(config).to(device=device, dtype=dtype)
     load_weights(model, weights, folder)
     model.source = folder
     model.stored_dtype = weights["model.embed_tokens.weight"].dtype
@@ -731,6 +753,10 @@ def save_folder(folder, model, tokenizer, max_shard=5 * 2**30):
         for file in sorted(model.source.iterdir()):
             if file.suffix in (".json", ".model", ".txt", ".jinja") and file.name not in NOT_COPIED:
                 shutil.copyfile(file, folder / file.name)
+    if isinstance(model, RewardModel):  # num_labels 1, as transformers spells it
+        head = {"architectures": [ARCHITECTURES[RewardModel]], "id2label": {"0": "LABEL_0"},
+                "label2id": {"LABEL_0": 0}, "pad_token_id": tokenizer.pad}
+        write_json(folder / "config.json", read_json(folder / "config.json") | head)
     dtype = getattr(model, "stored_dtype", torch.float32)
     tied = model.config.tie_word_embeddings
     tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()
@@ -1069,10 +1095,10 @@ def newest_state(out):
     return max(states, key=lambda p: int(p.name.removeprefix("step-")), default=None)
 
 
-def save_state(out, record, ranks, models, stepper, keep=2):
+def save_state(out, record, ranks, models, keep=2):
     """Write state/step-N: fp32 weights and AdamW's moments as safetensors, the rest (`record`) as state.json.
 
-    models: {name: (module, optimizer)}. Keys are `{name}.{parameter}.{weight|exp_avg|exp_avg_sq}`; what is
+    models: {name: (module, its Stepper)}. Keys are `{name}.{parameter}.{weight|exp_avg|exp_avg_sq}`; what is
     frozen is not saved. Written under a temporary name, synced, renamed once; the newest `keep` stay.
     """
     if not ranks.first:
@@ -1083,13 +1109,14 @@ def save_state(out, record, ranks, models, stepper, keep=2):
         shutil.rmtree(unfinished, ignore_errors=True)
     temporary.mkdir(parents=True)
     tensors = {}
-    for name, (module, optimizer) in models.items():
+    for name, (module, stepper) in models.items():
         for key, p in module.named_parameters():
             if p.requires_grad:
-                parts = {"weight": p.detach(), **optimizer.state.get(p, {})}
+                parts = {"weight": p.detach(), **stepper.optimizer.state.get(p, {})}
                 tensors |= {f"{name}.{key}.{k}": parts[k].cpu() for k in STATE_PARTS if k in parts}
     write_safetensors(temporary / "tensors.safetensors", tensors)
-    write_json(temporary / "state.json", record | {"stepper": stepper.state()})
+    steppers = {name: stepper.state() for name, (_, stepper) in models.items()}
+    write_json(temporary / "state.json", record | {"steppers": steppers})
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
     states = sorted(folder.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
@@ -1100,15 +1127,16 @@ def save_state(out, record, ranks, models, stepper, keep=2):
 STATE_PARTS = ("weight", "exp_avg", "exp_avg_sq")
 
 
-def load_state(folder, models, stepper):
-    """Put a state's tensors back into {name: (module, optimizer)}; returns its state.json.
+def load_state(folder, models):
+    """Put a state's tensors back into {name: (module, its Stepper)}; returns its state.json.
 
     InputError for a state that is damaged: to remove its folder goes back to the one before.
     """
     record, tensors = read_json(folder / "state.json"), read_safetensors(folder / "tensors.safetensors")
     try:
-        stepper.load_state(record.pop("stepper"))
-        for name, (module, optimizer) in models.items():
+        steppers = record.pop("steppers")
+        for name, (module, stepper) in models.items():
+            stepper.load_state(steppers[name])
             for key, p in module.named_parameters():
                 if p.requires_grad:
                     p.detach().copy_(tensors[f"{name}.{key}.weight"])
@@ -1116,7 +1144,7 @@ def load_state(folder, models, stepper):
                                if f"{name}.{key}.{part}" in tensors}
                     if moments:
                         count = torch.tensor(float(stepper.good), device=p.device)
-                        optimizer.state[p] = {"step": count, **moments}
+                        stepper.optimizer.state[p] = {"step": count, **moments}
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{folder}: not a state of this run ({type(error).__name__}: {error})") from None
     return record

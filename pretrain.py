@@ -164,13 +164,13 @@ def train(options, ranks):
     run, state = open_run("pretrain", options, ranks, inputs)
 
     model = build_model(options, tokenizer).to(ranks.device)
-    optimizer = make_optimizer(model, options.lr, options.weight_decay, betas=(0.9, 0.95))
     windows = Windows(shards["train"], options.max_length, tokenizer.endoftext, options.seed)
     dtype = choose_dtype(options, ranks, run)
+    optimizer = make_optimizer(model, options.lr, options.weight_decay, betas=(0.9, 0.95))
     stepper = Stepper(optimizer, dtype, options.clip)
     record = {"step": 0, "tokens": 0, "best": math.inf, "worse": 0, "seconds": 0.0}
     if state:
-        record = load_state(state, {"model": (model, optimizer)}, stepper)
+        record = load_state(state, {"model": (model, stepper)})
     parameters = sum(p.numel() for p in model.parameters())
     epochs = options.steps * options.batch_size / len(windows)
     say(ranks, f"{parameters:,} parameters, {len(windows):,} windows, {epochs:.1f} epochs, "
@@ -208,7 +208,7 @@ def train(options, ranks):
             last = last or 0 < options.patience <= record["worse"]
         stop = signal.agreed(ranks)
         if last or stop or (step + 1) % options.save_every == 0:
-            save_state(options.out, record, ranks, {"model": (model, optimizer)}, stepper)
+            save_state(options.out, record, ranks, {"model": (model, stepper)})
         if last:
             break
         if stop:

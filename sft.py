@@ -311,12 +311,12 @@ def train(options, ranks):
     run, state = open_run("sft", options, ranks, inputs)
 
     new_rows = prepare_model(options, tokenizer, model)
-    optimizer = make_optimizer(model, options.lr, options.weight_decay, betas=(0.9, 0.95))
     dtype = choose_dtype(options, ranks, run)
+    optimizer = make_optimizer(model, options.lr, options.weight_decay, betas=(0.9, 0.95))
     stepper = Stepper(optimizer, dtype, options.clip)
     record = {"step": 0, "tokens": 0, "best": math.inf, "worse": 0, "seconds": 0.0}
     if state:
-        record = load_state(state, {"model": (model, optimizer)}, stepper)
+        record = load_state(state, {"model": (model, stepper)})
     epochs = [epoch_rows(options, tokenizer, train_set, shards, epoch) for epoch in range(options.epochs)]
     size = options.batch_size
     steps = [rows[i : i + size] for rows in epochs for i in range(0, len(rows), size)]
@@ -355,7 +355,7 @@ def train(options, ranks):
             last = last or 0 < options.patience <= record["worse"]
         stop = signal.agreed(ranks)
         if last or stop or (step + 1) % options.save_every == 0:
-            save_state(options.out, record, ranks, {"model": (model, optimizer)}, stepper)
+            save_state(options.out, record, ranks, {"model": (model, stepper)})
         if last:
             break
         if stop:

@@ -21,6 +21,7 @@ import functools
 import gzip
 import hashlib
 import heapq
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -723,6 +724,21 @@ def start_pool(processes):
 
 def refuse_constant(name):
     raise ValueError(f"{name} is not JSON")
+
+
+def load_scorer(name):
+    """`file.py:function` -> that function, (prompt, answer, meta) -> {name: number}; else InputError."""
+    path, _, function = name.rpartition(":")
+    if not path.endswith(".py"):
+        raise InputError(f"scorer {name}: expected file.py:function")
+    spec = importlib.util.spec_from_file_location("scorer_" + Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up by name
+    try:
+        spec.loader.exec_module(module)
+        return getattr(module, function)
+    except (Exception, SystemExit) as error:
+        raise InputError(f"scorer {name}: {error!r}") from None
 
 
 def read_jsonl(path):

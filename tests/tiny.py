@@ -75,15 +75,35 @@ def dialogues(count, seed):
                + messages}
 
 
+def preferences(count, seed):
+    """Rankings of four answers (two of them tied), and every fifth a pair: right, another place, refused."""
+    rng = random.Random(seed)
+    for i, dialogue in enumerate(dialogues(count, seed)):
+        *prompt, right = dialogue["messages"]
+        (other, 别处), lang = rng.choice(PLACES), i % 2
+        wrong, refusal = (f"By the {other}!", f"睡在{别处}！")[lang], ("I will not say.", "我不说。")[lang]
+        record = {"prompt": prompt, "meta": {"number": i, "lang": ("en", "zh")[lang]}}
+        if i % 5 == 4:
+            yield record | {"chosen": [right], "rejected": refusal}
+        else:
+            yield record | {"completions": [wrong, right["content"], refusal, ""], "ranks": [2, 1, 3, 3]}
+
+
 @functools.cache
 def tiny():
-    """Folder of corpus/, tokenizer/, tokens/, base/ (20 steps), sft.jsonl; made once, gone at exit."""
+    """Folder of corpus/, tokenizer/, tokens/, base/ (20 steps) and sft, preferences, prompts .jsonl.
+
+    Made once, gone at exit.
+    """
     folder = Path(tempfile.mkdtemp(prefix="flatlm-tests-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for split, count in (("train", 120), ("valid", 12), ("test", 12)):
         write_jsonl(folder / "corpus" / split / "web.jsonl", documents(count, split))
     write_jsonl(folder / "sft.jsonl", dialogues(90, "sft"))
     write_jsonl(folder / "sft_valid.jsonl", dialogues(12, "valid"))
+    write_jsonl(folder / "preferences.jsonl", preferences(60, "preferences"))
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": p["prompt"], "meta": p["meta"]}
+                                           for p in preferences(40, "prompts")])
     tokenizer = folder / "tokenizer"
     assert run("tokenizer", "train", "--input", folder / "corpus" / "train", "--vocab-size", 360, "--out",
                tokenizer) == 0
