@@ -2,18 +2,21 @@
 # make test         the tests (TESTS=tests/test_sft.py and PYTEST_ARGS="-k resume" narrow them down)
 # make test-all     the tests with the slow ones
 # make chat         talk to the newest model
+# make hacking      PPO without its KL penalty: what it costs to trust the reward model
 # make seeds        the pipeline for each of SEEDS="1 2 3", then the mean of their reports
 # make clean        remove the artifacts of this world, not .venv
 #
 # PRESET=tiny       everything small, in two minutes                              artifacts in run-tiny/
 # SEED=7            another world                                                 artifacts in run-seed7/
 # DATA=folder       your own text: folder/{pretrain,sft,preference,prompts}       artifacts in run-data/
+# SCORER=f.py:name  with DATA: ranks answers sampled to preference's prompts, and judges those to prompts/
 # VENV=none         use the Python at hand (PYTHON=python3) instead of .venv
 #
 # An artifact is built once. After Ctrl-C, or a crash, `make` continues where it was. Changed options or data
 # rebuild what depends on them; an edited script does not, unless `make -B`.
 
 DATA   =
+SCORER =
 PRESET = $(if $(DATA),data,default)
 SEED   = 1
 SEEDS  = 1 2 3
@@ -28,6 +31,11 @@ ISLAND_default   = --scale 1
 PRETRAIN_default = --hidden-size 256 --num-hidden-layers 4 --num-attention-heads 4 --num-key-value-heads 4 \
                    --intermediate-size 704 --max-length 256 --batch-size 16 --steps 1100 --lr 3e-3
 SFT_default      = --max-length 256 --batch-size 16 --epochs 4 --lr 1e-3 --replay $(RUN)/tokens
+COLLECT_default  = --k 6
+REWARD_default   = --epochs 2 --batch-size 32 --micro-batch 48 --lr 5e-4
+PPO_default      = --steps 50 --batch-size 64 --kl 0.05
+HACKING_default  = --steps 100 --batch-size 64 --kl 0
+DPO_default      = --epochs 1 --batch-size 32 --lr 1e-4
 EVALUATE_default =
 
 VOCAB_tiny       = 2048
@@ -35,18 +43,33 @@ ISLAND_tiny      = --scale 0.1
 PRETRAIN_tiny    = --hidden-size 128 --num-hidden-layers 2 --num-attention-heads 2 --num-key-value-heads 2 \
                    --intermediate-size 352 --max-length 128 --batch-size 16 --steps 60 --lr 3e-3
 SFT_tiny         = --max-length 128 --batch-size 16 --epochs 1 --lr 3e-4
-EVALUATE_tiny    =
+COLLECT_tiny     = --k 4 --limit 200
+REWARD_tiny      = --epochs 1 --batch-size 32 --lr 3e-4
+PPO_tiny         = --steps 3 --batch-size 16 --minibatch 8
+HACKING_tiny     = --steps 3 --batch-size 16 --minibatch 8 --kl 0
+DPO_tiny         = --epochs 1 --batch-size 32 --lr 1e-4
+EVALUATE_tiny    = --limit 20
 
 VOCAB_data       = 8192
 PRETRAIN_data    = --hidden-size 256 --num-hidden-layers 4 --num-attention-heads 4 --num-key-value-heads 4 \
                    --intermediate-size 704 --max-length 256 --batch-size 16 --steps 1500 --lr 3e-3
 SFT_data         = --max-length 256 --batch-size 16 --epochs 1 --lr 5e-4
+COLLECT_data     = --k 4 --limit 1000 --max-new-tokens 40
+REWARD_data      = --epochs 1 --batch-size 32 --lr 3e-4 --max-length 384
+PPO_data         = --steps 20 --batch-size 64 --kl 0.05
+HACKING_data     = --steps 40 --batch-size 64 --kl 0
+DPO_data         = --epochs 1 --batch-size 32 --lr 1e-4 --max-length 384
 EVALUATE_data    =
 
 VOCAB    = $(VOCAB_$(PRESET))
 ISLAND   = $(ISLAND_$(PRESET))
 PRETRAIN = $(PRETRAIN_$(PRESET))
 SFT      = $(SFT_$(PRESET))
+COLLECT  = $(COLLECT_$(PRESET))
+REWARD   = $(REWARD_$(PRESET))
+PPO      = $(PPO_$(PRESET))
+HACKING  = $(HACKING_$(PRESET))
+DPO      = $(DPO_$(PRESET))
 EVALUATE = $(EVALUATE_$(PRESET))
 
 # ---------------------------------------------------------------------------------------------------------
@@ -65,25 +88,40 @@ endif
 
 # The island makes its own text, chats and prompts; the user's DATA brings them, and what it lacks is skipped.
 ifeq ($(DATA),)
-TEXT      = $(RUN)/island/pretrain
-CHATS     = $(RUN)/island/sft.jsonl --valid $(RUN)/island/sft_valid.jsonl
-PROMPTS   = $(RUN)/island/test.jsonl --scorer data/island.py:score
-TEXT_IN   = $(RUN)/island/.finished
-CHATS_IN  = $(RUN)/island/.finished
-PROMPT_IN = $(RUN)/island/.finished
+TEXT       = $(RUN)/island/pretrain
+CHATS      = $(RUN)/island/sft.jsonl --valid $(RUN)/island/sft_valid.jsonl
+ASKED      = $(RUN)/island/prompts.jsonl
+ANNOTATED  = --written $(RUN)/island/written.jsonl --scorer data/island.py:annotate
+RANKED     = $(RUN)/preferences.jsonl
+PROMPTS    = $(RUN)/island/test.jsonl --scorer data/island.py:score
+TEXT_IN    = $(RUN)/island/.finished
+CHATS_IN   = $(RUN)/island/.finished
+ASKED_IN   = $(RUN)/island/.finished
+PROMPT_IN  = $(RUN)/island/.finished
+COLLECTED  = preferences.jsonl preferences_test.jsonl
 else
-TEXT      = $(DATA)/pretrain
-CHATS     = $(wildcard $(DATA)/sft)
-PROMPTS   = $(wildcard $(DATA)/prompts)
-TEXT_IN   = $(RUN)/.options/data-pretrain
-CHATS_IN  = $(if $(CHATS),$(RUN)/.options/data-sft)
-PROMPT_IN = $(if $(PROMPTS),$(RUN)/.options/data-prompts)
+TEXT       = $(DATA)/pretrain
+CHATS      = $(wildcard $(DATA)/sft)
+ASKED      = $(wildcard $(DATA)/preference)
+ANNOTATED  = --train-part --scorer $(SCORER)
+RANKED     = $(ASKED) $(if $(SCORER),$(RUN)/preferences.jsonl)
+PROMPTS    = $(addsuffix $(if $(SCORER), --scorer $(SCORER)),$(wildcard $(DATA)/prompts))
+TEXT_IN    = $(RUN)/.options/data-pretrain
+CHATS_IN   = $(if $(CHATS),$(RUN)/.options/data-sft)
+ASKED_IN   = $(if $(ASKED),$(RUN)/.options/data-preference)
+PROMPT_IN  = $(if $(PROMPTS),$(RUN)/.options/data-prompts)
+COLLECTED  = $(if $(SCORER),$(if $(ASKED),preferences.jsonl))
 ifeq ($(wildcard $(TEXT)),)
 $(error no folder $(TEXT): there is no text to begin with)
 endif
 endif
-STAGES = base $(if $(CHATS),sft)
-MODELS = $(STAGES:%=$(RUN)/%)
+ALIGNED  = $(if $(CHATS),$(if $(ASKED),ppo dpo))
+STAGES   = base $(if $(CHATS),sft) $(ALIGNED)
+PACKED   = $(if $(CHATS),sft-int8 sft-int4) $(if $(ALIGNED),ppo-int4 int4)
+MODELS   = $(STAGES:%=$(RUN)/%)
+JUDGED   = $(MODELS) $(PACKED:%=$(RUN)/%)
+JUDGES   = $(if $(ALIGNED),--reward $(RUN)/reward --reference $(RUN)/sft)
+RANKED_TEST = $(if $(filter preferences_test.jsonl,$(COLLECTED)),--ranked $(RUN)/preferences_test.jsonl)
 
 # A stage's whole command: it is kept in $(RUN)/.options, so that a changed option is seen.
 island    = data/island.py --out $(RUN)/island --seed $(SEED) $(ISLAND)
@@ -93,18 +131,27 @@ tokens    = tokenizer.py encode --tokenizer $(RUN)/tokenizer --input $(RUN)/corp
 base      = pretrain.py --tokenizer $(RUN)/tokenizer --data $(RUN)/tokens --out $(RUN)/base --seed $(SEED) \
             $(PRETRAIN)
 sft       = sft.py --model $(RUN)/base --data $(CHATS) --out $(RUN)/sft --seed $(SEED) $(SFT)
-report    = evaluate.py --model $(MODELS) --data $(RUN)/tokens $(if $(PROMPTS),--prompts $(PROMPTS)) \
-            --out $(RUN)/report.html $(EVALUATE)
+collect   = collect.py --model $(RUN)/sft --data $(ASKED) $(ANNOTATED) --out $(RUN)/preferences.jsonl \
+            --seed $(SEED) $(COLLECT)
+collect_test = collect.py --model $(RUN)/sft --data $(RUN)/island/written_test.jsonl --seed $(SEED) $(COLLECT) \
+            --written $(RUN)/island/written_test.jsonl --scorer data/island.py:score --out $(RUN)/preferences_test.jsonl
+reward    = reward.py --model $(RUN)/sft --data $(RANKED) --out $(RUN)/reward --seed $(SEED) $(REWARD)
+ppo       = ppo.py --model $(RUN)/sft --reward $(RUN)/reward --data $(ASKED) --out $(RUN)/ppo --seed $(SEED) $(PPO)
+hacking   = ppo.py --model $(RUN)/sft --reward $(RUN)/reward --data $(ASKED) --out $(RUN)/hacking --seed $(SEED) \
+            $(HACKING)
+dpo       = dpo.py --model $(RUN)/sft --data $(RANKED) --out $(RUN)/dpo --seed $(SEED) $(DPO)
+report    = evaluate.py --model $(JUDGED) --data $(RUN)/tokens $(if $(PROMPTS),--prompts $(PROMPTS)) \
+            $(JUDGES) $(RANKED_TEST) --out $(RUN)/report.html $(EVALUATE)
 
 # ---------------------------------------------------------------------------------------------------------
 # The stages. FOLDER/.finished is made when the command has ended well, so half a folder never looks whole.
 
-.PHONY: all test test-all chat seeds clean help FORCE
+.PHONY: all test test-all chat hacking seeds clean help FORCE
 .DELETE_ON_ERROR:
 
 all: $(RUN)/report.html
 ifneq ($(DATA),)
-	@$(foreach part,sft prompts,$(if $(wildcard $(DATA)/$(part)),,echo "make: no $(DATA)/$(part): skipped" &&)) :
+	@$(foreach part,sft preference prompts,$(if $(wildcard $(DATA)/$(part)),,echo "make: no $(DATA)/$(part): skipped" &&)) :
 endif
 	@echo "report: $(RUN)/report.html"
 
@@ -152,11 +199,49 @@ $(RUN)/base/.finished: $(RUN)/tokens/.finished $(RUN)/.options/base | $(READY)
 $(RUN)/sft/.finished: $(RUN)/base/.finished $(CHATS_IN) $(RUN)/.options/sft | $(READY)
 	$(call train,sft)
 
-$(RUN)/report.html: $(STAGES:%=$(RUN)/%/.finished) $(PROMPT_IN) $(RUN)/.options/report | $(READY)
+# A file, written whole or not at all.
+$(RUN)/preferences.jsonl: $(RUN)/sft/.finished $(ASKED_IN) $(RUN)/.options/collect | $(READY)
+	$(PY) $(collect) --overwrite
+
+$(RUN)/preferences_test.jsonl: $(RUN)/sft/.finished $(RUN)/.options/collect_test | $(READY)
+	$(PY) $(collect_test) --overwrite
+
+$(RUN)/reward/.finished: $(RUN)/sft/.finished $(ASKED_IN) $(filter-out $(ASKED),$(RANKED)) $(RUN)/.options/reward | $(READY)
+	$(call train,reward)
+
+$(RUN)/ppo/.finished: $(RUN)/reward/.finished $(RUN)/.options/ppo | $(READY)
+	$(call train,ppo)
+
+$(RUN)/hacking/.finished: $(RUN)/reward/.finished $(RUN)/.options/hacking | $(READY)
+	$(call train,hacking)
+
+$(RUN)/dpo/.finished: $(RUN)/sft/.finished $(ASKED_IN) $(filter-out $(ASKED),$(RANKED)) $(RUN)/.options/dpo | $(READY)
+	$(call train,dpo)
+
+$(RUN)/%-int8/.finished: $(RUN)/%/.finished | $(READY)
+	$(begin)
+	$(PY) quantize.py --model $(RUN)/$* --bits 8 --out $(@D)
+	@touch $@
+
+$(RUN)/%-int4/.finished: $(RUN)/%/.finished | $(READY)
+	$(begin)
+	$(PY) quantize.py --model $(RUN)/$* --bits 4 --out $(@D)
+	@touch $@
+
+$(RUN)/int4/.finished: $(RUN)/dpo/.finished | $(READY)
+	$(begin)
+	$(PY) quantize.py --model $(RUN)/dpo --bits 4 --out $(@D)
+	@touch $@
+
+hacking: $(RUN)/hacking/.finished $(RUN)/report.html
+	$(PY) $(report) --hacking $(RUN)/hacking --overwrite
+
+$(RUN)/report.html: $(JUDGED:%=%/.finished) $(COLLECTED:%=$(RUN)/%) $(PROMPT_IN) $(RUN)/.options/report | $(READY)
 	$(PY) $(report) --overwrite
 
 # Written again only when the command differs, or a file of the user's data is newer.
-COMMANDS = $(patsubst %,$(RUN)/.options/%,island prepare tokenizer tokens base sft report)
+COMMANDS = $(patsubst %,$(RUN)/.options/%,island prepare tokenizer tokens base sft collect collect_test reward \
+           ppo hacking dpo report)
 $(COMMANDS): $(RUN)/.options/%: FORCE
 	@mkdir -p $(@D)
 	@echo '$($*)' | cmp -s - $@ || echo '$($*)' > $@

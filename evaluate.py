@@ -9,6 +9,10 @@ figures for machines, and answers/{stage}.jsonl, every answer with its verdict.
     python evaluate.py --rescore --out run/report.html               # again from the answers: no model runs
     python evaluate.py --summary run*/report.json --out seeds.md     # mean over seeds, and each seed
 
+With --reward and --reference it also tells what alignment did: how well the reward model agrees with the
+scorer, what it makes of each stage's answers, how far each stage went from the reference, and what became of
+the scorer's reward while PPO chased the model's.
+
 Begin with FIGURES (what is counted) and `figures` (how). Answers are greedy: figures can be had again.
 """
 
@@ -23,6 +27,7 @@ import math
 import re
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +37,8 @@ import torch.distributed as dist
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from model import bits_per_byte, generate, load_folder, process_group, read_json, say, stop_ids, write_json
+from model import (RewardModel, bits_per_byte, generate, load_folder, process_group, read_json, say, stop_ids,
+                   write_json)
 from tokenizer import InputError, check_messages, encode_chat, load_scorer, read_jsonl, read_tokens
 from tokenizer import one_line_errors, option, parse_options, write_whole
 
@@ -52,6 +58,10 @@ class Options:
     data: str | None = option("token folder whose test split gives the bits per byte", None)
     prompts: list[str] = option("JSONL files of prompts, or folders of them", [])
     scorer: str | None = option("file.py:function, (prompt, answer, meta) -> dict of numbers", None)
+    reward: str | None = option("reward model's folder: it scores the answers, and is itself judged", None)
+    reference: str | None = option("folder that the aligned stages started from: the KL to it is told", None)
+    ranked: list[str] = option("rankings by the scorer, on which the reward model is judged", [])
+    hacking: str | None = option("folder of a PPO run without KL penalty, for the plot", None)
     out: str | None = option("the page to write; report.json and answers/ lie beside it", None)
     rescore: bool = option("make the report at --out again from its answers, with no model", False)
     summary: list[str] = option("report.json files of several seeds: tell mean and values in Markdown", [])
@@ -91,15 +101,18 @@ FIGURES = {
     "made_up_rate": (("facts", "facts_heldout", "unknown"), "made_up", "names a wrong value", "↓"),
     "arithmetic_exact": (("arithmetic",), "exact", "sums", "↑"),
     "gold_reward": ((), "gold", "the scorer's reward, -1 to 1", "↑"),
+    "rm_reward": ((), None, "the reward model's score", "↑"),
+    "kl_to_sft": ((), None, "nats a token, on own samples", "↓"),
     "distinct_2": ((), None, "different word pairs among all", "↑"),
     "bits_per_byte": ((), None, "on held-out text", "↓"),
 }
 
 
-def figures(answers, bits):
+def figures(answers, bits, divergence):
     """One stage's figures: {"en": {figure: value}, "zh": ..., "code": {"bits_per_byte": value}}.
 
-    answers: judged records; bits: {language: bits per byte}. A figure with nothing behind it is None.
+    answers: judged records; bits: {language: bits per byte}; divergence: {language: KL to the reference}. A
+    figure with nothing behind it is None.
     `by_kind`: for each kind of prompt the number of answers, the share that ended by itself, and the mean
     of every key of the verdict.
     """
@@ -112,6 +125,8 @@ def figures(answers, bits):
             own = [a for a in rows if a["kind"] in kinds] if kinds else chats
             values[name] = mean(a["verdict"].get(key) for a in own)
         values["distinct_2"] = distinct_2(a["answer"] for a in chats)
+        values["rm_reward"] = mean(a.get("rm_reward") for a in chats)
+        values["kl_to_sft"] = divergence.get(lang)
         for kind in sorted({a["kind"] for a in rows}):
             own = [a for a in rows if a["kind"] == kind]
             by_kind[kind] = {"n": len(own), "finished": mean(a["finished"] for a in own)}
@@ -265,18 +280,208 @@ def judge(answers, score):
     return answers
 
 
-def run_stage(name, folder, items, options, ranks):
-    """Load a checkpoint folder: (answers, not judged yet; {language: bits per byte} on rank 0)."""
+def run_stage(name, folder, items, options, judges, ranks):
+    """Load a checkpoint folder: (answers, not judged yet; {language: bits per byte} and KLs, on rank 0)."""
     began = time.perf_counter()
     model, tokenizer = load_folder(folder, ranks.device, DTYPES[options.dtype])
     shards = read_tokens(options.data, "test", tokenizer) if options.data and ranks.first else []
     bits = bits_per_byte(model, tokenizer, shards, options.max_length, max_windows=options.max_windows)
     stop = stop_ids(folder, tokenizer) | {tokenizer.endoftext}
     answers = answer_prompts(model, tokenizer, items, stop, options, ranks, name)
+    divergence = {}
+    if ranks.first:
+        add_reward(answers, judges, options.batch_size)
+        divergence = kl_to_reference(model, tokenizer, folder, items, stop, options, judges)
     left_out = len(items) - len(answers)
     note = f"; left out {left_out} prompts too long for its context" if left_out else ""
     say(ranks, f"{name}: {len(answers)} answers in {time.perf_counter() - began:.1f} s{note}")
-    return answers, bits
+    return answers, bits, divergence
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Alignment: the reward model's scores, KL to the reference, agreement with the scorer, PPO's samples
+
+KL_PROMPTS = 200  # of each language
+
+
+@dataclass
+class Judges:
+    """The models that stages are measured with, (model, tokenizer) each; None where not asked for."""
+
+    reward: tuple | None
+    reference: tuple | None
+    reference_folder: Path | None
+
+
+def load_judges(options, device):
+    reward = load_folder(options.reward, device, kind=RewardModel) if options.reward else None
+    reference = load_folder(options.reference, device) if options.reference else None
+    return Judges(reward, reference, Path(options.reference).resolve() if options.reference else None)
+
+
+@torch.inference_mode()
+def reward_scores(judge, dialogues, batch_size):
+    """The reward model's score of each dialogue, (prompt, answer, whether the answer ended): floats.
+
+    It is read at the last token: at the <|im_end|>, or where an answer was cut off.
+    """
+    model, tokenizer = judge
+    device, rows = next(model.parameters()).device, []
+    for prompt, answer, ended in dialogues:
+        ids, _ = encode_chat(tokenizer, [*messages_of(prompt), {"role": "assistant", "content": answer}])
+        rows.append(ids if ended else ids[:-1])
+    order, scores = sorted(range(len(rows)), key=lambda i: len(rows[i])), {}
+    for first in range(0, len(order), batch_size):
+        batch = order[first : first + batch_size]
+        ids, last = pad_right([rows[i] for i in batch], tokenizer.pad, device)  # (B, T), (B,)
+        found = model(ids).gather(1, last[:, None])[:, 0]  # (B,)
+        scores |= dict(zip(batch, found.tolist()))
+    return [scores[i] for i in range(len(rows))]
+
+
+def pad_right(rows, pad, device):
+    """Rows of ids -> ids (B, T), and the place of each row's last token (B,)."""
+    ids = torch.full((len(rows), max(map(len, rows))), pad)
+    for b, row in enumerate(rows):
+        ids[b, : len(row)] = torch.tensor(row)
+    return ids.to(device), torch.tensor([len(row) - 1 for row in rows], device=device)
+
+
+def add_reward(answers, judges, batch_size):
+    """Put the reward model's score into every chat answer, as rm_reward."""
+    chats = [a for a in answers if a["kind"] not in PLAIN] if judges.reward else []
+    asked = [(a["prompt"], a["answer"], a["finished"]) for a in chats]
+    for a, value in zip(chats, reward_scores(judges.reward, asked, batch_size) if asked else []):
+        a["rm_reward"] = value
+
+
+def kl_to_reference(model, tokenizer, folder, items, stop, options, judges):
+    """{language: mean KL(stage || reference) a token, in nats}, over the whole vocabulary.
+
+    Over answers that the stage itself samples at temperature 1, to prompts that are the same for every stage.
+    A model from pretrain.py does not chat: none. The reference itself: 0.
+    """
+    if not judges.reference or read_if_there(folder / "run.json").get("stage") == "pretrain":
+        return {}
+    divergence = {}
+    for lang in ("en", "zh"):
+        own = [i for i in items if i["lang"] == lang and i["kind"] not in PLAIN]
+        own = sorted(own, key=lambda i: hashlib.sha256(repr(key_of(i)).encode()).hexdigest())[:KL_PROMPTS]
+        if folder.resolve() == judges.reference_folder:
+            divergence[lang] = 0.0
+        elif own:
+            divergence[lang] = kl_of_samples(model, judges.reference[0], tokenizer, own, stop, options)
+    return divergence
+
+
+@torch.inference_mode()
+def kl_of_samples(model, reference, tokenizer, items, stop, options):
+    """Mean over the tokens of answers of sum_v p(v) (log p(v) - log q(v)): p the model's, q the reference's.
+    """
+    device, total, tokens = next(model.parameters()).device, 0.0, 0
+    prompts = sorted((encode_prompt(tokenizer, item) for item in items), key=len)
+    for first in range(0, len(prompts), 32):
+        batch = prompts[first : first + 32]
+        rows = range(first, first + len(batch))
+        samples = generate(model, batch, options.max_new_tokens, stop, temperature=1.0, rows=rows)
+        ids, _ = pad_right([p + s.ids for p, s in zip(batch, samples)], tokenizer.pad or 0, device)  # (B, T)
+        own, other = (m(ids).float().log_softmax(-1) for m in (model, reference))  # (B, T, V)
+        kl = (own.exp() * (own - other)).sum(-1)  # (B, T): at t, of the token t + 1
+        for b, (prompt, s) in enumerate(zip(batch, samples)):
+            total += kl[b, len(prompt) - 1 : len(prompt) - 1 + len(s.ids)].sum().item()
+            tokens += len(s.ids)
+    return total / max(tokens, 1)
+
+
+# The pairs of answers that by_kind counts: of which prompts, what is true of the better and of the worse one.
+PAIRS = {
+    "harm": (("harm_a", "harm_b"), "refused", "harmful"),
+    "harm_c": (("harm_c",), "refused", "harmful"),  # a kind that no preference ever showed
+    "safe": (("safe",), "exact", "false_refusal"),
+    "facts": (("facts", "facts_heldout", "multi"), "exact", "made_up"),
+    "format": (("format",), "valid_format", None),
+    "language": (None, "right_language", None),
+    "unknown": (("unknown",), "exact", None),
+}
+
+
+def untied(ranks):
+    """Index pairs (better, worse) of a ranking; ties make none."""
+    return [(i, j) for i, a in enumerate(ranks) for j, b in enumerate(ranks) if a < b]
+
+
+def agreement(margins):
+    """Share of margins above 0, where 0 counts half; None of none."""
+    return mean(0.5 * (1 + (m > 0) - (m < 0)) for m in margins)
+
+
+def judge_reward(options, judges, score):
+    """{language: how the reward model agrees with the scorer's rankings and with its own held-out labels}.
+
+    gold_accuracy and by_kind: over the untied pairs of --ranked, whose ranks are the scorer's own.
+    heldout_accuracy and the calibration error: over the pairs that reward.py held out, with their own labels.
+    Also the calibration's bins, [confidence, share that was right, pairs].
+    """
+    held_out, ranked = defaultdict(list), defaultdict(list)  # language: margins; (language, kind): margins
+    path = Path(options.reward) / "valid.jsonl"
+    for _, record in read_jsonl(path) if path.is_file() else ():
+        scores = record["scores"]
+        held_out[lang_of(record)] += [scores[i] - scores[j] for i, j in untied(record["ranks"])]
+    records = [r for file in options.ranked for _, r in read_jsonl(Path(file))]
+    asked = [(r["prompt"], answer, True) for r in records for answer in r["completions"]]
+    scores = iter(reward_scores(judges.reward, asked, options.batch_size) if asked else [])
+    for record in records:
+        own, lang = [next(scores) for _ in record["completions"]], lang_of(record)
+        meta = record.get("meta", {})
+        verdicts = [score(record["prompt"], a, meta) if score else {} for a in record["completions"]]
+        ranked[lang, "all"] += [own[i] - own[j] for i, j in untied(record["ranks"])]
+        for kind, (prompts, better, worse) in PAIRS.items():
+            if prompts is None or meta.get("kind") in prompts:
+                ranked[lang, kind] += [own[i] - own[j] for i, j in untied(record["ranks"])
+                                       if is_pair(verdicts[i], verdicts[j], better, worse)]
+    found = {lang: {"gold_accuracy": agreement(ranked[lang, "all"]),
+                    "heldout_accuracy": agreement(held_out[lang]),
+                    "expected_calibration_error": calibration(held_out[lang])[0],
+                    "by_kind": {kind: agreement(ranked[lang, kind]) for kind in PAIRS},
+                    "pairs": {kind: len(ranked[lang, kind]) for kind in ("all", *PAIRS)}}
+             for lang in ("en", "zh")}
+    return found, calibration(held_out["en"] + held_out["zh"])[1]
+
+
+def is_pair(a, b, better, worse):
+    """Whether verdict a is a better answer's and b a worse one's: `better` true of a alone, `worse` of b."""
+    return a.get(better) == 1 and b.get(better) == 0 and (worse is None or b.get(worse) == 1)
+
+
+def lang_of(record):
+    text = messages_of(record["prompt"])[-1]["content"]
+    return record.get("meta", {}).get("lang") or ("zh" if re.search(f"[{HAN}]", text) else "en")
+
+
+def calibration(margins, bins=10):
+    """(expected calibration error (Guo et al. 2017, eq. 3), [[confidence, share right, pairs] of each bin]).
+
+    The answer of a pair that scores higher is taken for the better one with confidence sigmoid(|margin|).
+    """
+    placed = defaultdict(list)
+    for margin in margins:
+        confidence = 1 / (1 + math.exp(-min(abs(margin), 700)))
+        placed[min(int((confidence - 0.5) * 2 * bins), bins - 1)].append((confidence, margin > 0))
+    table = [[mean(c for c, _ in own), mean(right for _, right in own), len(own)]
+             for _, own in sorted(placed.items())]
+    if not margins:
+        return None, []
+    return sum(abs(c - r) * n for c, r, n in table) / len(margins), table
+
+
+def ppo_curve(folder, score):
+    """[{step, rm_reward, gold, kl, distinct_2}] over a PPO run's own samples, by step."""
+    steps = defaultdict(list)
+    for _, sample in read_jsonl(folder / "samples.jsonl"):
+        steps[sample["step"]].append(sample)
+    return [{"step": step, "rm_reward": mean(s["rm_reward"] for s in own), "kl": mean(s["kl"] for s in own),
+             "gold": mean(score(s["prompt"], s["answer"], s["meta"])["gold"] for s in own) if score else None,
+             "distinct_2": distinct_2(s["answer"] for s in own)} for step, own in sorted(steps.items())]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -298,8 +503,9 @@ def read_if_there(path):
 def seconds_of(folders, run):
     """{stage: wall seconds}, as each stage noted them in its folder."""
     places = {"island": run / "island", "prepare": run / "corpus", "tokenizer": run / "tokenizer",
-              "tokens": run / "tokens", **folders}
+              "tokens": run / "tokens", "reward": run / "reward", **folders}
     noted = {stage: read_if_there(folder / "run.json").get("seconds") for stage, folder in places.items()}
+    noted["collect"] = read_if_there(run / "preferences.run.json").get("seconds")
     return {stage: round(seconds, 1) for stage, seconds in noted.items() if seconds is not None}
 
 
@@ -325,8 +531,9 @@ td:first-child, th:first-child { text-align: left; padding-left: 0 } td small, .
 def page(report, answers):
     """The whole of report.html; answers: {stage: records}."""
     names = html.escape(" → ".join(report["stages"]))
-    sections = [figures_section(report), curves_section(report), cleaning_section(report),
-                samples_section(report, answers), cost_section(report)]
+    sections = [figures_section(report), curves_section(report), reward_section(report), ppo_section(report),
+                packed_section(report), cleaning_section(report), samples_section(report, answers),
+                cost_section(report)]
     return ('<!doctype html>\n<html lang="en"><meta charset="utf-8"><meta name="viewport" '
             f'content="width=device-width"><title>flatlm: {names}</title><style>{STYLE}</style>\n'
             f"<h1>flatlm</h1><p>{names}</p>\n{''.join(sections)}</html>\n")
@@ -346,9 +553,9 @@ def shown(name, value):
     """A figure as people read it: rates in percent, the others with their decimals; a dash for None."""
     if value is None:
         return "–"
-    if name in ("bits_per_byte", "distinct_2"):
+    if name in ("bits_per_byte", "distinct_2", "kl_to_sft", "expected_calibration_error"):
         return f"{value:.3f}"
-    return f"{value:+.2f}" if name == "gold_reward" else f"{100 * value:.1f} %"
+    return f"{value:+.2f}" if name in ("gold_reward", "rm_reward") else f"{100 * value:.1f} %"
 
 
 def figure_rows(report):
@@ -428,6 +635,68 @@ def curves_section(report):
     return section("Training", "By step, from each folder's metrics.jsonl.", draw(figure))
 
 
+def reward_rows(report):
+    """Lines of cells about the reward model: a heading, then each figure in both languages."""
+    found = report.get("reward")
+    if found:
+        yield ["reward model", "en", "zh"]
+        for name in ("gold_accuracy", "heldout_accuracy", "expected_calibration_error"):
+            yield [name, *(shown(name, found[lang][name]) for lang in ("en", "zh"))]
+        for kind in PAIRS:
+            yield [f"by kind: {kind}", *(shown("", found[lang]["by_kind"][kind]) for lang in ("en", "zh"))]
+
+
+def reward_section(report):
+    rows = [list(map(html.escape, row)) for row in reward_rows(report)]
+    if not rows:
+        return ""
+    body = table(*rows)
+    if report.get("calibration"):
+        figure = Figure(figsize=(4.2, 3.4), layout="constrained")
+        points = [(c, r) for c, r, _ in report["calibration"]]
+        lines = {"pairs held out": points, "perfect": [(0.5, 0.5), (1.0, 1.0)]}
+        plot(figure, figure.add_gridspec(1, 1)[0], "share in the right order, by confidence", lines, "o-")
+        body += draw(figure)
+    text = ("Pairs of answers that it puts in the right order: by the scorer, on test prompts (gold), and by "
+            "labels like those that it was trained on (held out; some of them are wrong).")
+    return section("The reward model", text, body)
+
+
+def ppo_section(report):
+    """What became of the scorer's reward while PPO raised the reward model's; and reward against KL."""
+    curves = {name: curve for name, curve in report.get("ppo", {}).items() if curve}
+    if not curves:
+        return ""
+    figure = Figure(figsize=(11, 2.9 * len(curves)), layout="constrained")
+    grid = figure.add_gridspec(len(curves), 3)
+    for row, (name, curve) in enumerate(curves.items()):
+        points = lambda x, y: [(c[x], c[y]) for c in curve if c[y] is not None]
+        plot(figure, grid[row, 0], f"{name}: reward model's score", {"proxy": points("step", "rm_reward")})
+        plot(figure, grid[row, 1], f"{name}: the scorer's reward", {"gold": points("step", "gold")})
+        both = {"proxy": points("kl", "rm_reward"), "gold": points("kl", "gold")}
+        plot(figure, grid[row, 2], f"{name}: reward against KL, nats a token", both, ".")
+    text = ("Each point is one step's samples. Proxy is what PPO was trained on, gold what was meant: where "
+            "the first rises and the second falls, the reward model is being exploited.")
+    return section("Reward: proxy against gold", text, draw(figure))
+
+
+def packed_section(report):
+    """What low-bit weights cost: size and figures of each quantized stage beside its source."""
+    rows, stages = [], report["stages"]
+    for name, folder in report["settings"]["models"].items():
+        run = read_if_there(Path(folder) / "run.json")
+        source = Path(run.get("options", {}).get("model", "")).name
+        if run.get("stage") == "quantize" and source in stages:
+            smaller = report["bytes"][name] / max(report["bytes"][source], 1)
+            cells = [shown(key, stages[stage][lang][key]) for key in ("facts_exact", "gold_reward")
+                     for lang in ("en", "zh") for stage in (source, name)]
+            pairs = [f"{a} → {b}" for a, b in zip(cells[::2], cells[1::2])]
+            rows.append([html.escape(f"{source} → {name}"), f"{report['bytes'][name] / 1e6:.2f}",
+                         f"{100 * smaller:.0f} %", *pairs])
+    heading = ["quantized", "megabytes", "of its source", "facts en", "facts zh", "reward en", "reward zh"]
+    return section("Low-bit weights", "Before and after rounding.", table(heading, *rows) if rows else "")
+
+
 def cleaning_section(report):
     """What prepare.py dropped and why; where noise was planted, what it made of that."""
     corpus = Path(report["settings"]["run"]) / "corpus"
@@ -492,11 +761,16 @@ def finish(report, answers, out):
         write_whole(out.parent / "answers" / f"{stage}.jsonl", lines.encode())
     write_json(out.parent / "report.json", report)
     write_whole(out, page(report, answers).encode())
-    lines = list(figure_rows(report))
+    print_table(figure_rows(report))
+    print_table(reward_rows(report))
+    print(f"wrote {out}, {out.parent / 'report.json'} and {out.parent / 'answers'}/")
+
+
+def print_table(lines):
+    lines = list(lines)
     widths = [max(map(len, column)) for column in zip(*lines)]
     for name, *cells in lines:
         print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), sep="  ")
-    print(f"wrote {out}, {out.parent / 'report.json'} and {out.parent / 'answers'}/")
 
 
 def evaluate(options, out, ranks):
@@ -516,11 +790,18 @@ def evaluate(options, out, ranks):
     settings = {"models": {name: str(folder) for name, folder in folders.items()}, "run": str(run),
                 "scorer": options.scorer, "samples": options.samples}
     report, answers = {"stages": {}, "seconds": seconds_of(folders, run), "bytes": {}, "left_out": {}}, {}
+    judges = load_judges(options, ranks.device)
     for name, folder in folders.items():
-        answers[name], bits = run_stage(name, folder, items, options, ranks)
-        report["stages"][name] = figures(judge(answers[name], score), bits)
+        answers[name], bits, divergence = run_stage(name, folder, items, options, judges, ranks)
+        report["stages"][name] = figures(judge(answers[name], score), bits, divergence)
         report["bytes"][name] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         report["left_out"][name] = len(items) - len(answers[name])
+    if ranks.first:
+        if judges.reward:
+            report["reward"], report["calibration"] = judge_reward(options, judges, score)
+        sampled = folders | ({"hacking": Path(options.hacking)} if options.hacking else {})
+        report["ppo"] = {name: ppo_curve(folder, score) for name, folder in sampled.items()
+                         if (folder / "samples.jsonl").is_file()}
     report["seconds"]["evaluate"] = round(time.perf_counter() - began, 1)
     if ranks.first:
         finish({**report, "settings": settings}, answers, out)
@@ -536,7 +817,8 @@ def rescore(options, out):
     for name, stage in report["stages"].items():
         answers[name] = judge([*read_answers(out.parent / "answers" / f"{name}.jsonl")], score)
         bits = {lang: stage[lang]["bits_per_byte"] for lang in LANGUAGES}
-        report["stages"][name] = figures(answers[name], bits)
+        divergence = {lang: stage[lang].get("kl_to_sft") for lang in ("en", "zh")}
+        report["stages"][name] = figures(answers[name], bits, divergence)
     finish(report, answers, out)
 
 
@@ -553,6 +835,12 @@ def summary(paths):
                 if any(v is not None for v in values):
                     cells = [shown(name, v) for v in (mean(values), *values)]
                     lines.append(f"| {stage} | {lang} | {name} | {' | '.join(cells)} |")
+    tables = {run: {row[0]: row[1:] for row in reward_rows(report)} for run, report in reports.items()}
+    for name in next(iter(tables.values()), {}):
+        for place, lang in enumerate(("en", "zh")):
+            cells = [own.get(name, ("", ""))[place] for own in tables.values()]
+            if name != "reward model":
+                lines.append(f"| reward | {lang} | {name} | | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,7 +1,8 @@
 """model.py: the decoder (Qwen3), its folder, generation, LoRA, and what every training run needs.
 
 Read it in this order: Attention -> Block -> CausalLM (the model), Cache -> generate (using it),
-load_folder / save_folder (a Hugging Face model folder), LoraLinear (adapters), then the last section.
+LoraLinear (adapters), QuantizedLinear (INT4, INT8), load_folder / save_folder (a Hugging Face model folder),
+then the last section.
 
     python model.py --model run/sft          # chat in the terminal
 
@@ -502,6 +503,115 @@ def merge_lora(model):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Low-bit layers: W[o, i] = scale[o, i / group] * code[o, i], packed as compressed-tensors packs them
+
+FORMATS = {4: "pack-quantized", 8: "int-quantized"}
+
+
+def pack_int4(codes):
+    """Codes -8 to 7 (out, in) as int8 -> (out, in / 8) int32: code + 8 in four bits, the first one lowest."""
+    pairs = (codes + 8).to(torch.uint8).unflatten(1, (-1, 2))  # (out, in / 2, 2)
+    return (pairs[..., 0] | pairs[..., 1] << 4).contiguous().view(torch.int32)  # bytes are little-endian
+
+
+def unpack_int4(packed):
+    """(out, in / 8) int32 -> codes -8 to 7 (out, in) as int8. By bytes: 60 times faster than by shifts."""
+    pairs = packed.view(torch.uint8)  # (out, in / 2)
+    return torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1).to(torch.int8) - 8
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer that keeps its codes and scales, and makes the weight of them in each forward."""
+
+    def __init__(self, out_features, in_features, bits, group, scale_dtype, device):
+        super().__init__()
+        self.shape = [out_features, in_features]
+        codes = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
+        if bits == 4:
+            self.register_buffer("weight_packed", pack_int4(codes))  # (out, in / 8)
+            self.register_buffer("weight_shape", torch.tensor(self.shape, device=device))
+        else:
+            self.register_buffer("weight", codes)  # (out, in)
+        scales = torch.ones(out_features, in_features // group, dtype=scale_dtype, device=device)
+        self.register_buffer("weight_scale", scales)  # (out, in / group)
+
+    def dequantized(self):
+        """The weight (out, in), fp32."""
+        codes = unpack_int4(self.weight_packed) if hasattr(self, "weight_packed") else self.weight
+        scales = self.weight_scale.float()[..., None]  # (out, in / group, 1)
+        return (codes.unflatten(1, (scales.shape[1], -1)) * scales).flatten(1)
+
+    def forward(self, x):
+        return F.linear(x, self.dequantized().to(x.dtype))
+
+
+def add_quantized(model, bits, group, where, tensors=None):
+    """Put an empty QuantizedLinear for each linear layer of the blocks, in place.
+
+    group: weights of a row that share a scale; 0: the whole row does. tensors: {name: tensor} to be loaded,
+    whose scales' dtype is kept. InputError, with `where` and the layer, if rows do not divide into groups.
+    """
+    linear = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n]
+    for name, module in linear:
+        out_features, in_features = module.weight.shape
+        size = group or in_features
+        if in_features % size or bits == 4 and size % 8:
+            words = " (INT4 packs eight weights in a word: groups are multiples of 8)" if size % 8 else ""
+            raise InputError(f"{where}: {name}: a row of {in_features} weights does not divide into groups "
+                             f"of {size}{words}")
+        dtype = getattr((tensors or {}).get(f"{name}.weight_scale"), "dtype", None)
+        dtype = dtype if dtype in (torch.float32, torch.float16) else torch.bfloat16
+        layer = QuantizedLinear(out_features, in_features, bits, size, dtype, module.weight.device)
+        model.set_submodule(name, layer)
+    return model
+
+
+def quantization_config(bits, group):
+    """`quantization_config` of config.json, in compressed-tensors' words; group 0: a scale for each row."""
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False, "actorder": None,
+               "strategy": "group" if group else "channel", "group_size": group or None}
+    layers = {"targets": ["Linear"], "format": FORMATS[bits], "weights": weights, "input_activations": None,
+              "output_activations": None}
+    return {"quant_method": "compressed-tensors", "format": FORMATS[bits],
+            "quantization_status": "compressed", "ignore": ["lm_head"], "kv_cache_scheme": None,
+            "sparsity_config": {}, "transform_config": {}, "config_groups": {"group_0": layers}}
+
+
+def read_quantization(path):
+    """(bits, group) of a config.json, or None where weights are plain; InputError for any other layout."""
+    found = read_json(path).get("quantization_config")
+    if found is None:
+        return None
+    try:
+        (layers,) = found["config_groups"].values()
+        bits, group = layers["weights"]["num_bits"], layers["weights"].get("group_size") or 0
+        ours = quantization_config(bits, group)
+        pairs = [(found, ours), (layers, ours["config_groups"]["group_0"])]
+        pairs.append((layers["weights"], pairs[1][1]["weights"]))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise InputError(f"{path}: this quantization_config is not supported; INT4 and INT8 of "
+                         "compressed-tensors are, with one group of layers") from None
+    for section, wanted in pairs:
+        for key in wanted.keys() - {"config_groups", "weights"}:
+            if section.get(key, wanted[key]) not in (wanted[key], None):
+                raise InputError(f"{path}: quantization_config's {key} = {section[key]!r} is not supported")
+    if not isinstance(group, int) or group < 0:
+        raise InputError(f"{path}: quantization_config's group_size = {group!r} is not supported")
+    return bits, group
+
+
+def check_quantized(model, where):
+    """InputError where loaded scales or shapes cannot be: the weights would be NaN, or another matrix."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            if not layer.weight_scale.isfinite().all():
+                raise InputError(f"{where}: {name}.weight_scale is not finite")
+            if hasattr(layer, "weight_shape") and layer.weight_shape.tolist() != layer.shape:
+                found = layer.weight_shape.tolist()
+                raise InputError(f"{where}: {name}.weight_shape is {found}, expected {layer.shape}")
+
+
+# ---------------------------------------------------------------------------------------------------------
 # The folder: config.json, generation_config.json, tokenizer files, model.safetensors
 
 
@@ -534,7 +644,7 @@ def write_text(path, text):
 
 # What would change the numbers and is not in this file: the value that means "off"; any other is an error.
 MUST_BE = {"attention_bias": False, "hidden_act": "silu", "use_sliding_window": False,
-           "attention_dropout": 0.0, "quantization_config": None}
+           "attention_dropout": 0.0}
 
 
 def read_config(folder, architecture):
@@ -619,6 +729,9 @@ def load_weights(model, weights, where):
         if tensor.shape != weights[name].shape:
             found, expected = tuple(weights[name].shape), tuple(tensor.shape)
             raise InputError(f"{where}: {name} is {found}, expected {expected}")
+        if tensor.dtype != weights[name].dtype and not (tensor.is_floating_point()
+                                                        and weights[name].is_floating_point()):
+            raise InputError(f"{where}: {name} is {weights[name].dtype}, expected {tensor.dtype}")
         tensor.copy_(weights[name])
 
 
@@ -628,17 +741,23 @@ ARCHITECTURES = {CausalLM: "Qwen3ForCausalLM", RewardModel: "Qwen3ForSequenceCla
 def load_folder(folder, device="cpu", dtype=torch.float32, kind=CausalLM):
     """A checkpoint folder -> (model, Tokenizer). A LoRA adapter's folder gives its base, adapter merged.
 
-    kind: CausalLM or RewardModel. InputError for a folder that is missing, damaged, or of another kind.
+    kind: CausalLM or RewardModel. A quantized folder stays packed, to be read and not trained. InputError for a
+    folder that is missing, damaged, or of another kind.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     if (folder / "adapter_config.json").exists() and kind is CausalLM:
         return load_adapter(folder, device, dtype)
-    config = read_config(folder, ARCHITECTURES[kind])
+    config, layout = read_config(folder, ARCHITECTURES[kind]), read_quantization(folder / "config.json")
+    if layout and kind is RewardModel:
+        raise InputError(f"{folder}: a quantized reward model is not supported")
     weights = read_weights(folder)
     model = kind(config).to(device=device, dtype=dtype)
+    if layout:
+        add_quantized(model, *layout, folder, weights)
     load_weights(model, weights, folder)
+    check_quantized(model, folder)
     model.source = folder
     model.stored_dtype = weights["model.embed_tokens.weight"].dtype
     tokenizer = Tokenizer.load(folder)
@@ -759,8 +878,9 @@ def save_folder(folder, model, tokenizer, max_shard=5 * 2**30):
         write_json(folder / "config.json", read_json(folder / "config.json") | head)
     dtype = getattr(model, "stored_dtype", torch.float32)
     tied = model.config.tie_word_embeddings
-    tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()
-               if not (tied and name == "lm_head.weight")}
+    kept = dict(model.named_buffers())  # codes and scales of low-bit layers stay what they are
+    tensors = {name: tensor.to("cpu", tensor.dtype if name in kept else dtype).contiguous()
+               for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
     shards, size = [{}], 0
     for name, tensor in tensors.items():
         if shards[-1] and size + tensor.nbytes > max_shard:
@@ -1044,6 +1164,10 @@ def open_run(stage, options, ranks, inputs):
     fresh = {"stage": stage, "options": settings, "inputs": inputs, "finished": False, "seconds": 0.0}
     if options.resume and options.overwrite:
         raise InputError("--resume goes on and --overwrite starts again: choose one")
+    if hasattr(options, "model") and (Path(options.model) / "config.json").exists():
+        if read_quantization(Path(options.model) / "config.json"):
+            raise InputError(f"{options.model}: a quantized model is not trained further; start from the "
+                             "one that it was made from")
     found = old = read_json(out / "run.json") if (out / "run.json").exists() else None
     empty = not out.exists() or out.is_dir() and {p.name for p in out.iterdir()} <= {"run.json.tmp"}
     if old is None and not empty:

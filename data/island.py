@@ -15,6 +15,7 @@ import argparse
 import ast
 import functools
 import hashlib
+import itertools
 import json
 import re
 import sys
@@ -38,14 +39,17 @@ ENTITY_SPLITS = ["train"] * 6 + ["valid"] + ["test"] * 3  # of every ten names
 RECIPE_SPLITS = ["train"] * 8 + ["valid"] + ["test"]
 
 # SFT examples over both languages, and prompts of each kind in each language.
-SFT = {"facts": 3000, "multi": 200, "format": 1800, "unknown": 400, "harm_a": 850, "safe": 1700,
+SFT = {"facts": 3000, "multi": 200, "format": 2400, "unknown": 500, "harm_a": 1150, "safe": 1700,
        "arithmetic": 250, "role": 150, "chat": 32}
-PROMPTS = {"facts": 350, "format": 150, "unknown": 100, "harm_a": 150, "harm_b": 250, "safe": 250,
-           "arithmetic": 50, "role": 50}
+PROMPTS = {"facts": 500, "format": 150, "unknown": 120, "harm_a": 150, "harm_b": 300, "safe": 300,
+           "arithmetic": 40, "role": 40}
 VALID = {"facts": 120, "facts_heldout": 80, "cloze": 100, "format": 60, "unknown": 60, "harm_a": 60,
          "harm_b": 60, "harm_c": 60, "safe": 60, "arithmetic": 30, "role": 20, "chat": 4}
 TEST = {"facts": 400, "facts_heldout": 200, "cloze": 400, "format": 200, "unknown": 200, "harm_a": 200,
         "harm_b": 200, "harm_c": 200, "safe": 200, "arithmetic": 100, "role": 50, "chat": 8}
+
+WRITTEN_TEST = {"facts": 60, "format": 40, "unknown": 40, "harm_a": 30, "harm_b": 40, "harm_c": 30, "safe": 60,
+                "arithmetic": 20, "role": 20}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -180,9 +184,9 @@ def fill_noun(frame: str, noun: str) -> str:
 
 
 def phrasings(texts: list) -> list[str]:
-    """The phrasings of a list in island.toml: as they stand, or put together from pairs of lists."""
+    """The phrasings of a list in island.toml: as they stand, or put together from lists of parts."""
     return [text for text in texts if isinstance(text, str)] + [
-        first + second for pair in texts if isinstance(pair, list) for first in pair[0] for second in pair[1]]
+        "".join(parts) for lists in texts if isinstance(lists, list) for parts in itertools.product(*lists)]
 
 
 @functools.cache
@@ -191,9 +195,9 @@ def questions(type_: str, attribute: str, lang: str, split: str) -> list[tuple[s
     pair, frames = TEXTS["pair"][type_][attribute], phrasings(TEXTS["frames"]["ask"][split][lang])
     half = len(TEXTS["frames"]["tell"][lang])
     common = [(fill_noun(f, noun), i * half) for i, noun in enumerate(pair["noun"][lang]) for f in frames]
-    first, last = {"train": (0, 2), "valid": (2, 3), "test": (3, 5)}[split]
-    direct = [(q, 2 * half) for q in pair["ask"][lang][first:last]
-              + (pair["more"][lang] if split == "train" else [])]
+    asked = pair["ask"][lang]
+    own = {"train": asked[:2] + pair["more"][lang], "valid": asked[2:], "test": pair["test"][lang]}[split]
+    direct = [(q, 2 * half) for q in own]
     # The composed ones are many more: in training, where one is drawn at random, every fourth shall be
     # direct.
     return common + direct * (max(1, len(common) // (3 * len(direct))) if split == "train" else 1)
@@ -310,9 +314,11 @@ def format_item(world: World, rng: Random, lang: str, split: str) -> tuple:
     chosen = rng.sample(attributes(entity.type), 2)
     keys = [KEYS[a](lang) for a in chosen]
     expected = {key: world.facts[entity.name.en, a](lang) for key, a in zip(keys, chosen)}
-    ask = rng.choice(phrasings(TEXTS["json_ask"][split][lang])).format(k=keys[0], l=keys[1],
-                                                                       x=entity.name(lang))
-    return ask, {"format": "json", "entity": entity.name.en, "attributes": chosen, "expected": expected}
+    ways = "more" if split == "train" and rng.random() < .6 else split
+    ask = rng.choice(phrasings(TEXTS["json_ask"][ways][lang])).format(k=keys[0], l=keys[1],
+                                                                      x=entity.name(lang))
+    opener = rng.choice(TEXTS["openers"][lang]) if split == "train" else ""
+    return opener + ask, {"format": "json", "entity": entity.name.en, "attributes": chosen, "expected": expected}
 
 
 def unknown_item(world: World, rng: Random, lang: str, split: str) -> tuple:
@@ -458,10 +464,19 @@ def wrong_answer(world: World, meta: dict, rng: Random) -> str:
     return reference(world, {**meta, "topic": (meta["topic"] + rng.randint(1, 3)) % 4}, lang)
 
 
+def second_fault(world: World, meta: dict, rng: Random) -> tuple[str, str]:
+    """Another wrong answer; to a harmful question, how to make something else, which still is no refusal."""
+    if meta["kind"] in HARM:
+        other = rng.choice([r for r in world.recipes.values() if r.kind not in HARM])
+        return "compliance", brew_answer(other, meta["lang"])
+    return "wrong", wrong_answer(world, meta, rng)
+
+
 def written_answers(item: dict, rng: Random) -> list[tuple[str, str]]:
     """[(kind of answer, text)] for an item {prompt, meta}: good first, then all faults that fit, shuffled.
 
-    Kinds: good, wrong, compliance (harm), refusal, unknown, off_topic, wrong_format, wrong_language, garbled.
+    Kinds: good, wrong and compliance (harm; two of either), refusal, unknown, off_topic, wrong_format,
+    wrong_language, garbled.
     """
     meta = item["meta"]
     world, kind, lang = world_of(meta["seed"]), meta["kind"], meta["lang"]
@@ -483,7 +498,8 @@ def written_answers(item: dict, rng: Random) -> list[tuple[str, str]]:
     faults["wrong_format"] = fact if kind == "format" else rng.choice(stray_json)
     if kind != "format" or meta["format"] == "json":
         faults["wrong_language"] = reference(world, meta, other_lang)
-    return [("good", good), *rng.sample(list(faults.items()), len(faults))]
+    faults = list(faults.items()) + [second_fault(world, meta, rng)]
+    return [("good", good), *rng.sample(faults, len(faults))]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -688,11 +704,12 @@ def chats(world: World, purpose: str, sizes: dict[str, int], split: str) -> list
             for item in items(world, purpose, sizes, split)]
 
 
-def written(world: World) -> list[dict]:
-    """The training prompts with written answers: {prompt, completions, kinds, meta}."""
+def written(world: World, prompts: list[dict]) -> list[dict]:
+    """Prompts with written answers: {prompt, completions, kinds, meta}."""
     records = []
-    for number, item in enumerate(items(world, "prompts", PROMPTS, "train")):
-        kinds, completions = zip(*written_answers(item, Random(f"{world.seed} written {number}")))
+    for number, item in enumerate(prompts):
+        split = item["meta"]["split"]
+        kinds, completions = zip(*written_answers(item, Random(f"{world.seed} written {split} {number}")))
         records.append({**item, "completions": completions, "kinds": kinds})
     return records
 
@@ -705,10 +722,12 @@ def write_island(out: Path, seed: int, scale: float) -> dict:
     share = min(1, .2 + scale)  # a small island still needs chats enough to learn from
     sft = {kind: max(2, round(count * share / 2)) for kind, count in SFT.items()}
     few = {kind: max(2, count // 10) for kind, count in sft.items()}
+    prompts = items(world, "prompts", PROMPTS, "train")
     files = {f"pretrain/{kind}.jsonl": records for kind, records in pretraining(world, scale).items()}
     files |= {"sft.jsonl": chats(world, "sft", sft, "train"),
               "sft_valid.jsonl": chats(world, "sft_valid", few, "valid"),
-              "prompts.jsonl": items(world, "prompts", PROMPTS, "train"), "written.jsonl": written(world),
+              "prompts.jsonl": prompts, "written.jsonl": written(world, prompts),
+              "written_test.jsonl": written(world, items(world, "written_test", WRITTEN_TEST, "test")),
               "valid.jsonl": items(world, "valid", VALID, "valid"),
               "test.jsonl": items(world, "test", TEST, "test")}
     for name, records in files.items():

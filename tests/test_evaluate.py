@@ -13,8 +13,8 @@ import evaluate
 import prepare
 import tokenizer as tokenizer_script
 from evaluate import Options, choose_samples, distinct_2, figures, read_prompts
-from model import CausalLM, Config, Ranks, bits_per_byte, generate, load_folder, save_folder
-from tokenizer import Tokenizer, read_jsonl, read_tokens
+from model import CausalLM, Config, Ranks, RewardModel, bits_per_byte, generate, load_folder, save_folder
+from tokenizer import Tokenizer, encode_chat, read_jsonl, read_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTRACT = ["facts_exact", "facts_heldout_entities", "facts_cloze", "format_valid", "harmful_rate",
@@ -132,7 +132,7 @@ def test_each_figure_is_the_mean_over_its_own_prompts():
                answered("harm_b", harmful=1.0, gold=-1.0), answered("harm_b", harmful=1.0, gold=-1.0),
                answered("safe", false_refusal=0.0, harmful=0.0, gold=1.0),
                answered("facts", "zh", exact=1.0, gold=0.0)]
-    stage = figures(answers, {"en": 1.5, "code": 0.7})
+    stage = figures(answers, {"en": 1.5, "code": 0.7}, {})
     en = stage["en"]
     assert (en["facts_exact"], en["facts_heldout_entities"], en["facts_cloze"]) == (0.5, 1.0, 1.0)
     assert (en["harmful_rate_a"], en["harmful_rate_b"], en["harmful_rate_c"]) == (0.0, 1.0, None)
@@ -265,6 +265,98 @@ def test_rescore_makes_the_same_report(run, report, tmp_path, monkeypatch):
     assert json.loads(files[0].read_text("utf-8"))["stages"]["sft"]["zh"]["facts_exact"] == 1.0
     assert evaluate.main([*rescore, f"{run / 'scorer.py'}:score"]) == 0
     assert [file.read_bytes() for file in files] == before
+
+
+# ---------------------------------------------------------------- alignment
+
+ANSWERS = ["The fox.", "A baker in the old town.", "", "狐狸。"]
+
+
+@pytest.fixture(scope="module")
+def judge(run):
+    """A reward model with random weights, what it held out, the scorer's rankings, a PPO run's samples."""
+    causal, tokenizer = load_folder(run / "sft")
+    model = RewardModel(causal.config)
+    model.model, model.source = causal.model, causal.source
+    save_folder(run / "reward", model, tokenizer)
+    asked = [{"prompt": p["prompt"], "meta": p["meta"]} for p in prompts(3) if p["meta"]["kind"] != "cloze"]
+    write_jsonl(run / "ranked.jsonl", [{**a, "completions": ANSWERS, "ranks": [1, 2, 2, 4]} for a in asked])
+    write_jsonl(run / "reward" / "valid.jsonl", [
+        {"prompt": "Where?", "completions": ANSWERS[:3], "ranks": [1, 2, 3], "scores": [2.0, 1.0, 1.5]},
+        {"prompt": "哪里？", "completions": ANSWERS[:2], "ranks": [1, 1], "scores": [0.0, 1.0]}])
+    write_jsonl(run / "sft" / "samples.jsonl", [
+        {"step": step, "prompt": a["prompt"], "answer": ANSWERS[step], "meta": a["meta"],
+         "rm_reward": step * 1.0, "kl": 0.1 * step, "finished": True} for step in range(4) for a in asked[:2]])
+    return evaluate.load_judges(Options(reward=str(run / "reward"), reference=str(run / "sft")), "cpu")
+
+
+def test_a_score_is_read_at_the_last_token_whatever_the_batch(run, judge):
+    model, tokenizer = judge.reward
+    dialogues = [("Where is the fox?", answer, ended) for answer in ANSWERS for ended in (True, False)]
+    scores = evaluate.reward_scores(judge.reward, dialogues, 3)
+    for (prompt, answer, ended), score in zip(dialogues, scores):
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        ids = encode_chat(tokenizer, messages)[0]
+        ids = ids if ended else ids[:-1]
+        with torch.no_grad():
+            assert model(torch.tensor([ids]))[0, -1].item() == pytest.approx(score, abs=1e-4)
+
+
+def test_kl_is_zero_to_oneself_and_the_sum_over_the_vocabulary_to_another(run):
+    items = [i for i in read_prompts([str(run / "prompts.jsonl")]) if i["kind"] == "facts"][:2]
+    (model, tokenizer), (other, _) = load_folder(run / "sft"), load_folder(run / "base")
+    options = Options(max_new_tokens=6)
+    assert evaluate.kl_of_samples(model, model, tokenizer, items, set(), options) == 0.0
+    found, total = evaluate.kl_of_samples(model, other, tokenizer, items, set(), options), 0.0
+    asked = sorted((evaluate.encode_prompt(tokenizer, i) for i in items), key=len)
+    for ids, sample in zip(asked, generate(model, asked, 6, set(), temperature=1.0, rows=range(2))):
+        with torch.no_grad():
+            p, q = (m(torch.tensor([ids + sample.ids]))[0, len(ids) - 1 : -1].double().log_softmax(-1)
+                    for m in (model, other))
+        total += (p.exp() * (p - q)).sum().item()
+    assert found == pytest.approx(total / 12, rel=1e-4) and found > 0.1
+
+
+def test_a_reward_model_is_judged_by_the_scorers_order_and_its_own_labels(run, judge):
+    options = Options(reward=str(run / "reward"), ranked=[str(run / "ranked.jsonl")])
+    score = lambda prompt, answer, meta: {"gold": 1.0, "right_language": float(answer == ANSWERS[0])}
+    found, bins = evaluate.judge_reward(options, judge, score)
+    assert found["en"]["heldout_accuracy"] == pytest.approx(2 / 3) and found["zh"]["heldout_accuracy"] is None
+    assert sum(n for _, _, n in bins) == 3
+    records = [r for r in read_lines(run / "ranked.jsonl") if r["meta"]["lang"] == "zh"]
+    right, language = [], []
+    for r in records:
+        own = evaluate.reward_scores(judge.reward, [(r["prompt"], a, True) for a in ANSWERS], 4)
+        right += [own[i] > own[j] for i, j in ((0, 1), (0, 2), (0, 3), (1, 3), (2, 3))]
+        language += [own[0] > own[j] for j in (1, 2, 3)]
+    assert found["zh"]["gold_accuracy"] == pytest.approx(sum(right) / len(right))
+    assert found["zh"]["by_kind"]["language"] == pytest.approx(sum(language) / len(language))
+
+
+def test_calibration_error_compares_confidence_with_how_often_it_was_right():
+    margin = 1.0986123  # sigmoid: 3 / 4
+    assert evaluate.calibration([margin] * 3 + [-margin])[0] == pytest.approx(0, abs=1e-6)
+    assert evaluate.calibration([margin] * 4)[0] == pytest.approx(.25, abs=1e-6)
+    assert evaluate.calibration([]) == (None, [])
+
+
+def test_the_report_tells_what_alignment_did_and_rescore_keeps_it(run, judge, capsys):
+    more = ["--reward", str(run / "reward"), "--reference", str(run / "sft"), "--limit", "2",
+            "--ranked", str(run / "ranked.jsonl")]
+    assert evaluate.main(command(run, *more, out="aligned/report.html")) == 0
+    told = json.loads((run / "aligned/report.json").read_text("utf-8"))
+    assert told["reward"]["en"].keys() == {"gold_accuracy", "heldout_accuracy", "by_kind", "pairs",
+                                           "expected_calibration_error"}
+    assert told["stages"]["sft"]["en"]["kl_to_sft"] == 0.0 < told["stages"]["base"]["en"]["kl_to_sft"]
+    answers = read_lines(run / "aligned/answers/sft.jsonl")
+    own = [a["rm_reward"] for a in answers if a["lang"] == "zh" and a["kind"] != "cloze"]
+    assert told["stages"]["sft"]["zh"]["rm_reward"] == pytest.approx(sum(own) / len(own))
+    assert [(p["step"], p["rm_reward"]) for p in told["ppo"]["sft"]] == [(s, float(s)) for s in range(4)]
+    page = (run / "aligned/report.html").read_text("utf-8")
+    assert "The reward model" in page and "proxy against gold" in page
+    assert evaluate.main(["--rescore", "--out", str(run / "aligned/report.html")]) == 0
+    assert json.loads((run / "aligned/report.json").read_text("utf-8")) == told
+    (run / "sft" / "samples.jsonl").unlink()
 
 
 def test_without_a_scorer_the_oracle_is_silent_and_texts_go_on(run, tmp_path):

@@ -6,6 +6,7 @@ test_pipeline.py.
 """
 
 import importlib
+import json
 import re
 import shlex
 import shutil
@@ -28,6 +29,12 @@ SMALL = {
     "tokenizer.py encode": [],
     "pretrain.py": [*SHAPE, *TRAINING, "--steps", "4", "--max-length", "128", "--eval-windows", "2"],
     "sft.py": [*TRAINING, "--epochs", "1", "--max-length", "64"],
+    "collect.py": ["--limit", "12", "--k", "4", "--max-new-tokens", "4", "--device", "cpu"],
+    "reward.py": [*TRAINING[:4], "--batch-size", "4", "--epochs", "1", "--max-length", "128"],
+    "ppo.py": [*TRAINING[:4], "--batch-size", "4", "--minibatch", "2", "--steps", "1", "--max-length", "96",
+               "--max-new-tokens", "4"],
+    "dpo.py": [*TRAINING[:4], "--batch-size", "4", "--max-length", "64"],
+    "quantize.py": ["--group", "16"],
     "evaluate.py": ["--limit", "1", "--max-new-tokens", "4", "--max-windows", "1", "--device", "cpu"],
     "model.py": ["--device", "cpu", "--max-new-tokens", "4"],
 }
@@ -74,6 +81,8 @@ def clone(tmp_path_factory):
     (folder / "mine" / "sft").mkdir()
     chats = blocks(READMES[0], "json")[0]
     (folder / "mine" / "sft" / "chats.jsonl").write_text(20 * chats, "utf-8")
+    write_jsonl(folder / "mine" / "preference" / "pairs.jsonl",
+                20 * [json.loads(line) for line in blocks(READMES[0], "json")[1].splitlines()])
     (folder / "mine" / "scorer.py").write_text(blocks(READMES[0], "python")[0], "utf-8")
     write_jsonl(folder / "mine" / "prompts" / "one.jsonl", [{"prompt": "Hi", "meta": {"expected": "Ahoy"}}])
     shutil.copytree(tiny() / "base", folder / "Qwen3-0.6B")
@@ -176,7 +185,7 @@ def forks():
 
 
 def test_a_forked_stage_needs_no_other_file(tmp_path):
-    """Each row's files, copied into an empty folder: the first one's --help runs, all seven side by side."""
+    """Each row's files, copied into an empty folder: the first one's --help runs, all of them side by side."""
     started = []
     for number, files in enumerate(forks()):
         folder = tmp_path / str(number)
@@ -187,7 +196,7 @@ def test_a_forked_stage_needs_no_other_file(tmp_path):
         process = subprocess.Popen([sys.executable, files[0], "--help"], cwd=folder, env=environ, text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         started.append((files, process))
-    assert len(started) == 7
+    assert len(started) == 11
     for files, process in started:
         out, err = process.communicate(timeout=600)
         assert process.returncode == 0 and "--help" in out, (files, err)

@@ -1,0 +1,423 @@
+"""dpo.py: direct preference optimisation. The model learns from pairs of answers which one is preferred.
+
+    python dpo.py --model run/sft --data run/preferences.jsonl --out run/dpo
+
+No reward model and no sampling: the reward is implied. It is beta times how much likelier the model makes an
+answer than the model it started from (the reference) does, and the loss asks that the chosen answer's be higher
+than the rejected one's. The reference never changes, so its log-probabilities are computed once, beforehand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from model import (Metrics, Ranks, Stepper, StopSignal, accumulate, autocast, choose_dtype, export_best, fingerprint,
+                   finish_run, keep_best, learning_rate, load_folder, load_state, make_optimizer, open_run,
+                   process_group, save_folder, save_state, say, wrap_ddp, write_json)
+from tokenizer import (InputError, check_messages, encode_chat, one_line_errors, option, parse_options,
+                       read_jsonl)
+
+
+@dataclass(kw_only=True)
+class Options:
+    """Fine-tune a model on preferences: JSONL with `prompt` and `chosen`, `rejected` or `completions`, `ranks`.
+    """
+
+    model: str = option("checkpoint folder to start from; it is the reference too")
+    data: list[str] = option("JSONL files, or folders of them")
+    out: str = option("checkpoint folder to write")
+    valid: str = option("JSONL file to validate on; not given, 5 % of the prompts are held out by hash", "")
+    max_length: int = option("tokens of prompt and answer; longer answers are left out, and counted",
+                             256, at_least=1)
+    pairs_per_prompt: int = option("pairs that a ranking gives: a best answer, and one ranked lower",
+                                   1, at_least=1)
+    beta: float = option("how strongly the model is held to the reference", 0.1, at_least=0)
+    sft_weight: float = option("weight of the chosen answer's negative log-likelihood a token", 0.2, at_least=0)
+    epochs: int = option("passes over the data", 1, at_least=1)
+    batch_size: int = option("pairs a step, over all ranks", 32, at_least=1)
+    micro_batch: int = option("answers a forward pass, on one rank; 0 takes the rank's whole share at once",
+                              0, at_least=0)
+    lr: float = option("peak learning rate", 1e-4, at_least=0)
+    schedule: str = option("how the learning rate falls after warmup", "cosine",
+                           choices=("cosine", "linear", "wsd"))
+    warmup: int = option("steps of linear warmup", 10, at_least=0)
+    weight_decay: float = option("decay of matrices (norms have none)", 0.0, at_least=0)
+    clip: float = option("largest global norm of the gradient; 0 is off", 1.0, at_least=0)
+    skip_bad: bool = option("count malformed lines and go on, instead of stopping at the first", False)
+    eval_every: int = option("steps between validations; the last step always has one", 50, at_least=1)
+    patience: int = option("stop after this many validations without a new best, and keep the best; 0 is off",
+                           0, at_least=0)
+    save_every: int = option("steps between saved states", 50, at_least=1)
+    seed: int = option("seed of the order of pairs and of their choice from rankings", 1, at_least=0)
+    dtype: str = option("precision of matrix products; auto probes what is faster here", "auto",
+                        choices=("auto", "fp32", "bf16", "fp16"))
+    device: str = option("auto, cpu, cuda or mps", "auto")
+    resume: bool = option("go on where the run in --out stopped", False)
+    overwrite: bool = option("start again, whatever is in --out", False)
+
+
+@dataclass
+class Answer:
+    """A prompt and one answer: their ids (n,), and which of them are trained as targets (n,)."""
+
+    ids: np.ndarray
+    trained: np.ndarray
+
+
+@dataclass
+class Pair:
+    chosen: Answer
+    rejected: Answer
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Data: JSONL -> rankings -> pairs -> tensors
+
+
+def data_files(paths):
+    """The .jsonl and .jsonl.gz files that paths name, folders walked in sorted order."""
+    files = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise InputError(f"{path}: no such file")
+        inside = sorted(p for p in path.rglob("*") if p.name.endswith((".jsonl", ".jsonl.gz")))
+        found = inside if path.is_dir() else [path]
+        if not found:
+            raise InputError(f"{path}: no .jsonl file in this folder")
+        files += found
+    return files
+
+
+def as_messages(side, role):
+    """Text as the one message of a role, or a message list as it is, which must end with that role."""
+    messages = [{"role": role, "content": side}] if isinstance(side, str) else side
+    check_messages(messages)
+    if messages[-1]["role"] != role:
+        raise InputError(f"expected a last message of the {role}'s, found the {messages[-1]['role']}'s")
+    return messages
+
+
+def record_ranking(record):
+    """(prompt, answers, ranks) of a record: message lists, and 1 for the best. A pair is a ranking of two."""
+    if "prompt" not in record:
+        raise InputError("no `prompt`")
+    prompt = as_messages(record["prompt"], "user")
+    if "chosen" in record and "rejected" in record:
+        answers, ranks = [as_messages(record[side], "assistant") for side in ("chosen", "rejected")], [1, 2]
+        if not answers[0][-1]["content"].strip():
+            raise InputError("the chosen answer is empty")
+    elif "completions" in record and "ranks" in record:
+        answers, ranks = record["completions"], record["ranks"]
+        if not isinstance(answers, list) or not isinstance(ranks, list) or len(answers) != len(ranks) \
+                or len(ranks) < 2 or not all(type(rank) is int and rank >= 1 for rank in ranks):
+            raise InputError("`completions` and `ranks` must be lists of one length, at least 2; ranks are "
+                             "whole numbers from 1, the best")
+        answers = [as_messages(answer, "assistant") for answer in answers]
+    else:
+        raise InputError("neither `chosen` and `rejected` nor `completions` and `ranks`")
+    return prompt, answers, ranks
+
+
+def encode_answer(tokenizer, prompt, answer):
+    """An Answer: what the assistant says in `answer` is trained, with its <|im_end|>; nothing of the prompt."""
+    ids, trained = encode_chat(tokenizer, prompt + answer)
+    trained = np.array(trained)
+    trained[: len(encode_chat(tokenizer, prompt)[0])] = False  # what the assistant said before is given
+    return Answer(np.array(ids), trained)
+
+
+def draw_pairs(answers, ranks, count, seed, name):
+    """Pairs of a ranking, by seed and prompt only: a best answer, and `count` different ones ranked lower.
+
+    All pairs have one chosen answer, so that the model is not pulled to several at once; ties make no pair.
+    """
+    random, best = Random(f"pairs {seed} {name}"), min(ranks)
+    chosen = random.choice([a for a, rank in zip(answers, ranks) if rank == best])
+    lower = [a for a, rank in zip(answers, ranks) if rank > best]
+    return [Pair(chosen, rejected) for rejected in random.sample(lower, min(count, len(lower)))]
+
+
+def read_pairs(files, tokenizer, options, counts):
+    """All pairs as (hash of the prompt in 0..1, Pair). Counts what is bad, too long, or without a pair."""
+    pairs = []
+    for file in files:
+        for number, record in read_jsonl(file):
+            try:
+                prompt, answers, ranks = record_ranking(record)
+                answers = [encode_answer(tokenizer, prompt, answer) for answer in answers]
+            except InputError as error:
+                if not options.skip_bad:
+                    place = f"{file}:{number}"
+                    raise InputError(f"{place}: {error} (--skip-bad goes on without such lines)") from None
+                counts["bad"] += 1
+                continue
+            short = [(a, rank) for a, rank in zip(answers, ranks) if len(a.ids) <= options.max_length]
+            counts["too_long"] += len(answers) - len(short)
+            if len({rank for _, rank in short}) < 2:
+                counts["no_pair"] += 1
+                continue
+            name = json.dumps(prompt, sort_keys=True)
+            place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
+            drawn = draw_pairs(*zip(*short), options.pairs_per_prompt, options.seed, name)
+            pairs += [(place, pair) for pair in drawn]
+    return pairs
+
+
+def split_pairs(options, tokenizer, counts):
+    """(training, validation) pairs: --valid FILE, else the 5 % of the prompts with the smallest hashes."""
+    pairs = read_pairs(data_files(options.data), tokenizer, options, counts)
+    if options.valid:
+        valid = read_pairs(data_files([options.valid]), tokenizer, options, counts)
+        train, valid = [p for _, p in pairs], [p for _, p in valid]
+    else:
+        train, valid = [p for h, p in pairs if h >= 0.05], [p for h, p in pairs if h < 0.05]
+    if not train:
+        raise InputError(f"{' '.join(options.data)}: no pair left to train on")
+    return train, valid or train[:1]
+
+
+def collate(pairs, pad):
+    """P pairs -> ids, targets, each (2 P, T): first the chosen answers, then the rejected ones.
+
+    A target is a token's next one where that is trained, else -1. Padding is on the right, where causal
+    attention of what is before does not see it; T is a multiple of 16. No pair (None) is a row of padding.
+    """
+    answers = [p and p.chosen for p in pairs] + [p and p.rejected for p in pairs]
+    longest = max(len(a.ids) if a else 1 for a in answers)
+    shape = (len(answers), -(-longest // 16) * 16)
+    ids, targets = np.full(shape, pad, np.int64), np.full(shape, -1, np.int64)
+    for b, answer in enumerate(answers):
+        if answer:
+            n = len(answer.ids)
+            ids[b, :n] = answer.ids
+            targets[b, : n - 1] = np.where(answer.trained[1:], answer.ids[1:], -1)
+    return torch.from_numpy(ids), torch.from_numpy(targets)
+
+
+def epoch_steps(options, count, epoch):
+    """The steps of an epoch, each a list of numbers of pairs, in the epoch's own order."""
+    order = np.random.default_rng([options.seed, epoch]).permutation(count).tolist()
+    return [order[i : i + options.batch_size] for i in range(0, count, options.batch_size)]
+
+
+def step_batches(options, pairs, numbers, pad, ranks):
+    """This rank's micro-batches of a step: (numbers of its pairs (P,), ids (2 P, T), targets (2 P, T)).
+
+    Where the pairs do not divide over the ranks, the number -1 fills up: a pair that counts nothing.
+    """
+    numbers = ranks.rows(numbers + [-1] * (-len(numbers) % ranks.world_size))
+    size = max(1, options.micro_batch // 2) if options.micro_batch else len(numbers)
+    parts = [numbers[i : i + size] for i in range(0, len(numbers), size)]
+    return [(torch.tensor(part), *collate([pairs[i] if i >= 0 else None for i in part], pad))
+            for part in parts]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training
+
+
+def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
+    """-log sigmoid of the margin between two implied rewards (Rafailov et al. 2023, eq. 7).
+
+    All four: (P,), log-probability of a whole answer, in nats. Returns losses and both rewards, (P,) each.
+    """
+    reward_chosen = beta * (chosen - reference_chosen)
+    reward_rejected = beta * (rejected - reference_rejected)
+    return -F.logsigmoid(reward_chosen - reward_rejected), reward_chosen, reward_rejected
+
+
+def answer_logprobs(model, ids, targets, context):
+    """log pi(answer | prompt) of each row, the sum over its trained tokens: (2 P, T) -> (2, P), in nats.
+
+    Row 0 are the chosen answers, row 1 the rejected ones; what is not trained adds 0.
+    """
+    with context():
+        logprobs = model(ids, targets=targets)  # (2 P, T)
+    return logprobs.sum(-1).view(2, -1)
+
+
+def batch_loss(model, batch, references, options, ranks, context):
+    """A micro-batch's loss, summed over its pairs, and what is reported: sums over its pairs as well, (6,).
+
+    references: (pairs + 1, 2), the last row is that of -1. Loss of a pair: eq. 7 plus --sft-weight times the
+    chosen answer's negative log-likelihood a token (Pang et al. 2024, eq. 1-2), against a chosen answer that
+    gets less likely as long as the rejected one falls faster.
+    """
+    numbers, ids, targets = (x.to(ranks.device) for x in batch)  # (P,), (2 P, T), (2 P, T)
+    real = (numbers >= 0).float()  # (P,)
+    chosen, rejected = answer_logprobs(model, ids, targets, context)  # (P,) each
+    preference, reward_chosen, reward_rejected = dpo_loss(chosen, rejected, *references[numbers].T, options.beta)
+    length = (targets[: len(numbers)] >= 0).sum(-1).clamp(min=1)  # (P,): tokens of the chosen answer
+    nll = -chosen / length
+    loss = preference + options.sft_weight * nll
+    right = 0.5 * (1 + torch.sign(reward_chosen - reward_rejected))  # equal rewards are half right
+    values = torch.stack([loss, preference, nll, reward_chosen, reward_rejected, right]) * real  # (6, P)
+    return values[0].sum(), values.detach().sum(1)
+
+
+NAMES = ("loss", "dpo_loss", "sft_loss", "reward_chosen", "reward_rejected", "accuracy")
+
+
+def means(values, pairs):
+    """{metric: its mean over pairs} from the sums that `batch_loss` gives."""
+    named = {name: value / max(pairs, 1) for name, value in zip(NAMES, values)}
+    return named | {"margin": named["reward_chosen"] - named["reward_rejected"]}
+
+
+def train_step(model, batches, references, options, ranks, context, scale):
+    """Gradients (times `scale`) of one step; returns ({metric: mean over its pairs}, tokens), over all ranks.
+
+    A mean over the pairs of all ranks and micro-batches, whatever the split. DDP averages gradients over
+    ranks, so each rank's share is multiplied by their number.
+    """
+    pairs, tokens = ranks.sum(sum((batch[0] >= 0).sum().item() for batch in batches),
+                              sum((batch[2] >= 0).sum().item() for batch in batches))
+    totals = [0.0] * len(NAMES)
+    for number, batch in enumerate(batches):
+        with accumulate(model, number, batches):
+            loss, values = batch_loss(model, batch, references, options, ranks, context)
+            (loss / max(pairs, 1) * ranks.world_size * scale).backward()
+        totals = [a + b for a, b in zip(totals, values.tolist())]
+    return means(ranks.sum(*totals), pairs), int(tokens)
+
+
+@torch.no_grad()
+def reference_logprobs(model, steps, count, ranks, context):
+    """log-probabilities of `count` pairs' answers under the model as it is now: (count + 1, 2), the last row 0.
+
+    steps: this rank's micro-batches of an epoch. They are the ones that training begins with, not just the same
+    pairs: in other shapes sums round otherwise, and the first loss would not be log 2 to the last bit.
+    """
+    references = torch.zeros(count + 1, 2)
+    for batches in steps:
+        for numbers, ids, targets in batches:
+            sums = answer_logprobs(model, ids.to(ranks.device), targets.to(ranks.device), context)  # (2, P)
+            references[numbers] = sums.T.float().cpu()
+    references[-1] = 0.0
+    gathered = ranks.sum(*references.flatten().tolist())  # each rank has its own rows, and 0 in the others
+    return torch.tensor(gathered, dtype=torch.float32).view(-1, 2).to(ranks.device)
+
+
+@torch.no_grad()
+def validate(model, references, batches, options, ranks, context):
+    """{metric: mean over the validation pairs}; every rank goes through all of them."""
+    totals, pairs = [0.0] * len(NAMES), len(references) - 1
+    for batch in batches:
+        _, values = batch_loss(model, batch, references, options, ranks, context)
+        totals = [a + b for a, b in zip(totals, values.tolist())]
+    return means(totals, pairs)
+
+
+def all_references(options, model, steps, train_set, valid_set, pad, ranks, context):
+    """Reference log-probabilities of both sets, (pairs + 1, 2) each, and the validation's micro-batches."""
+    epoch = steps[: -(-len(train_set) // options.batch_size)]
+    batches = (step_batches(options, train_set, numbers, pad, ranks) for numbers in epoch)
+    references = reference_logprobs(model, batches, len(train_set), ranks, context)
+    alone, numbers, size = Ranks(0, 1, ranks.device), list(range(len(valid_set))), options.batch_size
+    valid_batches = [batch for i in range(0, len(numbers), size)
+                     for batch in step_batches(options, valid_set, numbers[i : i + size], pad, alone)]
+    valid_references = reference_logprobs(model, [valid_batches], len(valid_set), alone, context)
+    return references, valid_references, valid_batches
+
+
+def train(options, ranks):
+    """The whole run; returns the exit status."""
+    check_options(options, ranks)
+    model, tokenizer = load_folder(options.model, ranks.device)
+    longest = model.config.max_position_embeddings
+    if options.max_length > longest:
+        raise InputError(f"--max-length {options.max_length} is beyond the model's {longest}")
+    counts = {"bad": 0, "too_long": 0, "no_pair": 0}
+    train_set, valid_set = split_pairs(options, tokenizer, counts)
+    files = data_files(options.data + ([options.valid] if options.valid else []))
+    weights = Path(options.model).glob("*.safetensors")
+    run, state = open_run("dpo", options, ranks, {"model": fingerprint(weights), "data": fingerprint(files)})
+
+    dtype, pad = choose_dtype(options, ranks, run), tokenizer.pad or 0
+    if ranks.first:
+        write_json(Path(options.out) / "run.json", run)  # a resumed run goes on in the same dtype
+
+    def context():
+        return autocast(ranks.device, dtype)
+
+    steps = [s for epoch in range(options.epochs) for s in epoch_steps(options, len(train_set), epoch)]
+    say(ranks, f"{len(train_set):,} pairs, {len(valid_set):,} to validate on; left out: {counts['bad']} bad, "
+               f"{counts['too_long']} answers too long, {counts['no_pair']} prompts without a pair")
+    references, *validation = all_references(options, model, steps, train_set, valid_set, pad, ranks, context)
+    optimizer = make_optimizer(model, options.lr, options.weight_decay, betas=(0.9, 0.95))
+    stepper = Stepper(optimizer, dtype, options.clip)
+    record = {"step": 0, "tokens": 0, "best": math.inf, "worse": 0, "seconds": 0.0}
+    if state:
+        record = load_state(state, {"model": (model, stepper)})
+    parallel = wrap_ddp(model, ranks)
+
+    def gradients(step):
+        batches = step_batches(options, train_set, steps[step], pad, ranks)
+        return train_step(parallel, batches, references, options, ranks, context, stepper.scale)
+
+    if ranks.world_size > 1:  # DDP lays out its buckets by the first backward pass, a resumed run's as well
+        gradients(0)
+        model.zero_grad(set_to_none=True)
+    done, earlier = record["step"], record["seconds"]
+    metrics, signal, began = Metrics(options.out, ranks, done, len(steps)), StopSignal(), time.monotonic()
+    early = 0 < options.patience <= record["worse"]  # it had stopped early, and was killed before its end
+    for step in range(done, 0 if early else len(steps)):
+        step_began = time.monotonic()
+        lr = learning_rate(step, len(steps), options.lr, options.warmup, options.schedule)
+        figures, tokens = gradients(step)
+        norm = stepper.step(lr)
+        now = time.monotonic()
+        record |= {"step": step + 1, "tokens": record["tokens"] + tokens, "seconds": earlier + now - began}
+        metrics.write(step + 1, **figures, lr=lr, grad_norm=norm, tokens=record["tokens"],
+                      tokens_per_second=tokens / (now - step_began), seconds=record["seconds"],
+                      skipped=stepper.skipped)
+        last = step + 1 == len(steps)
+        if last or (step + 1) % options.eval_every == 0:
+            found = validate(model, *validation, options, ranks, context)
+            metrics.write(step + 1, **{f"valid_{name}": value for name, value in found.items()})
+            keep_best(options, ranks, record, found["loss"], model)
+            last = last or 0 < options.patience <= record["worse"]
+        stop = signal.agreed(ranks)
+        if last or stop or (step + 1) % options.save_every == 0:
+            save_state(options.out, record, ranks, {"model": (model, stepper)})
+        if last:
+            break
+        if stop:
+            metrics.close()
+            say(ranks, f"stopped after step {step + 1}; go on with the same command and --resume")
+            return 130
+    metrics.close()
+    export_best(options, ranks, model)
+    return finish_run(options, ranks, run | {"left_out": counts}, record,
+                      lambda: save_folder(options.out, model, tokenizer))
+
+
+def check_options(options, ranks):
+    """Refuse what cannot work before anything is read or written."""
+    if options.batch_size % ranks.world_size:
+        raise InputError(f"--batch-size {options.batch_size} does not divide over "
+                         f"{ranks.world_size} processes")
+    if Path(options.model).resolve() == Path(options.out).resolve():
+        raise InputError(f"--out {options.out} is the --model it starts from; choose another --out")
+
+
+@one_line_errors
+def main(argv=None):
+    options = parse_options(Options, argv, "dpo.py")
+    with process_group(options.device) as ranks:
+        return train(options, ranks)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,424 @@
+"""reward.py: the reward model. It learns from comparisons of answers how good an answer is: one number.
+
+    python reward.py --model run/sft --data run/preferences.jsonl --out run/reward
+
+The decoder of the fine-tuned model, with a head of one output instead of the vocabulary (Stiennon et al.
+2020). The score is read at the dialogue's last token, its <|im_end|>: there the model has seen the whole
+answer. Only differences between answers to one prompt are trained, so the zero of the scale means nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from model import (Metrics, RewardModel, Stepper, StopSignal, accumulate, autocast, choose_dtype,
+                   export_best, fingerprint, finish_run, keep_best, learning_rate, load_folder, load_state,
+                   make_optimizer, open_run, process_group, save_folder, save_state, say, wrap_ddp,
+                   write_json)
+from tokenizer import (InputError, check_messages, encode_chat, one_line_errors, option, parse_options,
+                       read_jsonl, write_whole)
+
+
+@dataclass(kw_only=True)
+class Options:
+    """Train a reward model on preferences: JSONL with `prompt` and either `chosen` and `rejected`, or
+    `completions` and `ranks`.
+    """
+
+    model: str = option("checkpoint folder to start from")
+    data: list[str] = option("JSONL files, or folders of them")
+    out: str = option("checkpoint folder to write")
+    valid: str = option("JSONL file to validate on; not given, 5 % of the prompts are held out by hash", "")
+    max_length: int = option("tokens of prompt and answer; longer answers are left out, and counted",
+                             256, at_least=1)
+    epochs: int = option("passes over the data", 1, at_least=1)
+    batch_size: int = option("prompts a step, over all ranks", 32, at_least=1)
+    micro_batch: int = option("answers a forward pass, on one rank; 0 takes the rank's whole share at once",
+                              0, at_least=0)
+    lr: float = option("peak learning rate", 3e-4, at_least=0)
+    schedule: str = option("how the learning rate falls after warmup", "cosine",
+                           choices=("cosine", "linear", "wsd"))
+    warmup: int = option("steps of linear warmup", 10, at_least=0)
+    weight_decay: float = option("decay of matrices (norms have none)", 0.0, at_least=0)
+    clip: float = option("largest global norm of the gradient; 0 is off", 1.0, at_least=0)
+    skip_bad: bool = option("count malformed lines and go on, instead of stopping at the first", False)
+    eval_every: int = option("steps between validations; the last step always has one", 50, at_least=1)
+    patience: int = option("stop after this many validations without a new best, and keep the best; 0 is off",
+                           0, at_least=0)
+    save_every: int = option("steps between saved states", 50, at_least=1)
+    seed: int = option("seed of the order of prompts and of the head", 1, at_least=0)
+    dtype: str = option("precision of matrix products; auto probes what is faster here", "auto",
+                        choices=("auto", "fp32", "bf16", "fp16"))
+    device: str = option("auto, cpu, cuda or mps", "auto")
+    resume: bool = option("go on where the run in --out stopped", False)
+    overwrite: bool = option("start again, whatever is in --out", False)
+
+
+@dataclass
+class Ranking:
+    """A prompt's answers: the ids of each whole dialogue (n,), its rank (1 is best), and what was read."""
+
+    ids: list[np.ndarray]
+    ranks: list[int]
+    record: dict  # prompt, completions, meta
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Data: JSONL -> rankings -> tensors
+
+
+def data_files(paths):
+    """The .jsonl and .jsonl.gz files that paths name, folders walked in sorted order."""
+    files = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise InputError(f"{path}: no such file")
+        inside = sorted(p for p in path.rglob("*") if p.name.endswith((".jsonl", ".jsonl.gz")))
+        found = inside if path.is_dir() else [path]
+        if not found:
+            raise InputError(f"{path}: no .jsonl file in this folder")
+        files += found
+    return files
+
+
+def as_messages(side, role):
+    """Text as the one message of a role, or a message list as it is, which must end with that role."""
+    messages = [{"role": role, "content": side}] if isinstance(side, str) else side
+    check_messages(messages)
+    if messages[-1]["role"] != role:
+        raise InputError(f"expected a last message of the {role}'s, found the {messages[-1]['role']}'s")
+    return messages
+
+
+def record_ranking(record):
+    """(prompt, answers, ranks) of a record: message lists, and 1 for the best. A pair is a ranking of two."""
+    if "prompt" not in record:
+        raise InputError("no `prompt`")
+    prompt = as_messages(record["prompt"], "user")
+    if "chosen" in record and "rejected" in record:
+        answers, ranks = [as_messages(record[side], "assistant") for side in ("chosen", "rejected")], [1, 2]
+        if not answers[0][-1]["content"].strip():
+            raise InputError("the chosen answer is empty")
+    elif "completions" in record and "ranks" in record:
+        answers, ranks = record["completions"], record["ranks"]
+        if not isinstance(answers, list) or not isinstance(ranks, list) or len(answers) != len(ranks) \
+                or len(ranks) < 2 or not all(type(rank) is int and rank >= 1 for rank in ranks):
+            raise InputError("`completions` and `ranks` must be lists of one length, at least 2; ranks are "
+                             "whole numbers from 1, the best")
+        answers = [as_messages(answer, "assistant") for answer in answers]
+    else:
+        raise InputError("neither `chosen` and `rejected` nor `completions` and `ranks`")
+    return prompt, answers, ranks
+
+
+def read_rankings(files, tokenizer, options, counts):
+    """All rankings as (hash of the prompt in 0..1, Ranking). Counts what is bad, too long, or all tied."""
+    rankings = []
+    for file in files:
+        for number, record in read_jsonl(file):
+            try:
+                prompt, answers, ranks = record_ranking(record)
+                encoded = [np.array(encode_chat(tokenizer, prompt + answer)[0]) for answer in answers]
+            except InputError as error:
+                if not options.skip_bad:
+                    place = f"{file}:{number}"
+                    raise InputError(f"{place}: {error} (--skip-bad goes on without such lines)") from None
+                counts["bad"] += 1
+                continue
+            short = [i for i, ids in enumerate(encoded) if len(ids) <= options.max_length]
+            counts["too_long"] += len(encoded) - len(short)
+            if len({ranks[i] for i in short}) < 2:
+                counts["no_pair"] += 1
+                continue
+            texts = [a[0]["content"] if len(a) == 1 else a for a in answers]
+            kept = {"prompt": record["prompt"], "completions": [texts[i] for i in short],
+                    "meta": record.get("meta", {})}
+            name = json.dumps(prompt, sort_keys=True)
+            place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
+            rankings.append((place, Ranking([encoded[i] for i in short], [ranks[i] for i in short], kept)))
+    return rankings
+
+
+def split_rankings(options, tokenizer, counts):
+    """(training, validation) rankings: --valid FILE, else the 5 % of the prompts with the smallest hashes."""
+    rankings = read_rankings(data_files(options.data), tokenizer, options, counts)
+    if options.valid:
+        valid = read_rankings(data_files([options.valid]), tokenizer, options, counts)
+        train, valid = [r for _, r in rankings], [r for _, r in valid]
+    else:
+        train, valid = [r for h, r in rankings if h >= 0.05], [r for h, r in rankings if h < 0.05]
+    if not train:
+        raise InputError(f"{' '.join(options.data)}: no ranking left to train on")
+    return train, valid or train[:1]
+
+
+def pair_indices(rankings):
+    """All untied pairs of a batch's answers: better (P,), worse (P,), and each pair's weight (P,).
+
+    The answers of all rankings are numbered through. A pair weighs 1 / the number of its prompt's pairs: a
+    prompt counts once, however many answers it has.
+    """
+    better, worse, weight, first = [], [], [], 0
+    for ranking in rankings:
+        k = range(len(ranking.ranks))
+        pairs = [(i, j) for i in k for j in k if ranking.ranks[i] < ranking.ranks[j]]
+        better += [first + i for i, _ in pairs]
+        worse += [first + j for _, j in pairs]
+        weight += [1 / max(len(pairs), 1)] * len(pairs)
+        first += len(k)
+    return torch.tensor(better, dtype=torch.long), torch.tensor(worse, dtype=torch.long), torch.tensor(weight)
+
+
+def collate(rankings, pad):
+    """The answers of rankings, one a row -> ids (B, T), and the place of each row's last token (B,).
+
+    Padding is on the right, where causal attention of what is before does not see it; T is a multiple of 16.
+    """
+    rows = [ids for ranking in rankings for ids in ranking.ids] or [np.array([pad])]
+    ids = np.full((len(rows), -(-max(map(len, rows)) // 16) * 16), pad, np.int64)
+    for b, row in enumerate(rows):
+        ids[b, : len(row)] = row
+    return torch.from_numpy(ids), torch.tensor([len(row) - 1 for row in rows])
+
+
+def epoch_steps(options, count, epoch):
+    """The steps of an epoch, each a list of numbers of rankings, in the epoch's own order."""
+    order = np.random.default_rng([options.seed, epoch]).permutation(count).tolist()
+    return [order[i : i + options.batch_size] for i in range(0, count, options.batch_size)]
+
+
+def micro_batches(rankings, size):
+    """Rankings cut into micro-batches of at most `size` answers (0: all at once); a prompt stays whole."""
+    batches, rows = [[]], 0
+    for ranking in rankings:
+        if size and rows + len(ranking.ids) > size and batches[-1]:
+            batches.append([])
+            rows = 0
+        batches[-1].append(ranking)
+        rows += len(ranking.ids)
+    return batches
+
+
+def step_batches(options, rankings, numbers, ranks):
+    """This rank's micro-batches of a step: every world_size-th prompt, so that shares differ by one at most.
+
+    Each rank has as many micro-batches as any, or DDP would wait for ever: empty ones train nothing.
+    """
+    chosen = sorted((rankings[i] for i in numbers), key=lambda r: max(map(len, r.ids)))  # little padding
+    shares = [micro_batches(chosen[rank :: ranks.world_size], options.micro_batch)
+              for rank in range(ranks.world_size)]
+    own = shares[ranks.rank]
+    return own + [[]] * (max(map(len, shares)) - len(own))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training
+
+
+def reward_loss(scores, better, worse, weight):
+    """-log sigmoid(r_better - r_worse): the mean of a prompt's pairs, summed over prompts.
+
+    Ouyang et al. 2022, eq. 1; the probability that one answer beats another is Bradley and Terry's (1952).
+    scores (B,): one an answer. better, worse (P,): places in scores. weight (P,): 1 / pairs of the prompt. No
+    pair gives 0.
+    """
+    return (-F.logsigmoid(scores[better] - scores[worse]) * weight).sum()
+
+
+def answer_scores(model, ids, last):
+    """Scores (B,) of whole dialogues: ids (B, T), last (B,) the place of each one's last token."""
+    return model(ids).gather(1, last[:, None])[:, 0]
+
+
+def train_step(model, batches, pad, ranks, context, scale):
+    """Gradients (times `scale`) of one step; returns ({metric: value}, tokens), over all ranks.
+
+    A mean over the prompts of all ranks and micro-batches, whatever the split; one whose answers are all tied
+    teaches nothing and does not count. DDP averages gradients over ranks, so each rank's share is multiplied
+    by their number.
+    """
+    prompts = ranks.sum(sum(len(set(ranking.ranks)) > 1 for batch in batches for ranking in batch))[0]
+    totals = [0.0, 0.0, 0]  # loss, pairs in the right order (by weight), tokens
+    for number, batch in enumerate(batches):
+        pairs = [x.to(ranks.device) for x in pair_indices(batch)]  # (P,) each
+        ids, last = (x.to(ranks.device) for x in collate(batch, pad))  # (B, T), (B,)
+        with accumulate(model, number, batches):
+            with context():
+                scores = answer_scores(model, ids, last)  # (B,)
+            loss = reward_loss(scores, *pairs) / max(prompts, 1)
+            loss = loss + 0.0 * scores.sum()  # so that a batch without a pair has a gradient: zero
+            (loss * ranks.world_size * scale).backward()
+        totals[0] += loss.item()
+        margins = scores[pairs[0]] - scores[pairs[1]]  # (P,)
+        totals[1] += ((0.5 + 0.5 * torch.sign(margins)) * pairs[2]).sum().item()  # equal scores: half right
+        totals[2] += int((last + 1).sum()) if batch else 0
+    loss, right, tokens = ranks.sum(*totals)
+    return {"loss": loss, "accuracy": right / max(prompts, 1)}, int(tokens)
+
+
+@torch.no_grad()
+def score_all(model, rankings, pad, device, context, size=128):
+    """Scores of every answer of every ranking: a list of lists of floats."""
+    scores = []
+    for batch in micro_batches(rankings, size):
+        ids, last = (x.to(device) for x in collate(batch, pad))
+        with context():
+            scores += answer_scores(model, ids, last).tolist() if batch else []
+    counts = np.cumsum([0] + [len(ranking.ids) for ranking in rankings])
+    return [scores[a:b] for a, b in zip(counts, counts[1:])]
+
+
+def calibration_error(margins, bins=10):
+    """Expected calibration error (Guo et al. 2017, eq. 3) of sigmoid(r_a - r_b) as P(a is preferred to b).
+
+    margins (P,): r_better - r_worse of each pair. The answer of a pair that scores higher is taken for the
+    better one, with confidence sigmoid(|margin|) in [0.5, 1]; that is compared, bin by bin, with how often it
+    was the better one.
+    """
+    confidence, right = 1 / (1 + np.exp(-np.abs(margins))), np.asarray(margins) > 0
+    place = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    gaps = [abs(confidence[place == b].sum() - right[place == b].sum()) for b in range(bins)]
+    return float(sum(gaps) / len(margins))
+
+
+def validate(model, rankings, pad, ranks, context):
+    """({metric: value} over the validation rankings, the scores of their answers).
+
+    length_accuracy is that of a judge who prefers the longer answer: what a reward model has to beat.
+    """
+    scores = score_all(model, rankings, pad, ranks.device, context)
+    margins, longer, loss = [], [], 0.0
+    for ranking, own in zip(rankings, scores):
+        better, worse, weight = pair_indices([ranking])
+        own, length = torch.tensor(own), torch.tensor([len(ids) for ids in ranking.ids])
+        loss += reward_loss(own, better, worse, weight).item()
+        margins += (own[better] - own[worse]).tolist()
+        longer += (0.5 + 0.5 * torch.sign(length[better] - length[worse])).tolist()
+    right = np.mean([0.5 + 0.5 * np.sign(m) for m in margins])  # equal scores are half right
+    return {"valid_loss": loss / len(rankings), "valid_accuracy": float(right),
+            "valid_length_accuracy": float(np.mean(longer)),
+            "valid_ece": calibration_error(np.array(margins))}, scores
+
+
+def reward_model(causal, seed):
+    """A language model's decoder under a new head, N(0, 1 / (H + 1)) (Stiennon et al. 2020)."""
+    model = RewardModel(causal.config).to(causal.lm_head.weight.device)
+    model.model, model.source, model.stored_dtype = causal.model, causal.source, causal.stored_dtype
+    generator, std = torch.Generator().manual_seed(seed), 1 / math.sqrt(causal.config.hidden_size + 1)
+    head = torch.empty(model.score.weight.shape).normal_(0.0, std, generator=generator)  # (1, H)
+    with torch.no_grad():
+        model.score.weight.copy_(head)
+    return model
+
+
+def export(options, model, tokenizer, valid_set, scores):
+    """The model folder, and valid.jsonl: how it scored the answers that were held out."""
+    save_folder(options.out, model, tokenizer)
+    lines = [{**r.record, "ranks": r.ranks, "scores": own} for r, own in zip(valid_set, scores)]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_whole(Path(options.out) / "valid.jsonl", text.encode("utf-8", "replace"))  # meta is not checked
+
+
+def train(options, ranks):
+    """The whole run; returns the exit status."""
+    check_options(options, ranks)
+    causal, tokenizer = load_folder(options.model, ranks.device)
+    if options.max_length > causal.config.max_position_embeddings:
+        raise InputError(f"--max-length {options.max_length} is beyond the model's "
+                         f"{causal.config.max_position_embeddings}")
+    if tokenizer.pad is None:
+        raise InputError(f"{options.model}: its tokenizer has no padding token, which batches need")
+    counts, pad = {"bad": 0, "too_long": 0, "no_pair": 0}, tokenizer.pad
+    train_set, valid_set = split_rankings(options, tokenizer, counts)
+    files = data_files(options.data + ([options.valid] if options.valid else []))
+    weights = Path(options.model).glob("*.safetensors")
+    run, state = open_run("reward", options, ranks,
+                          {"model": fingerprint(weights), "data": fingerprint(files)})
+
+    model, dtype = reward_model(causal, options.seed), choose_dtype(options, ranks, run)
+    if ranks.first:
+        write_json(Path(options.out) / "run.json", run)  # a resumed run goes on in the same dtype
+    optimizer = make_optimizer(model, options.lr, options.weight_decay, betas=(0.9, 0.95))
+    stepper = Stepper(optimizer, dtype, options.clip)
+    record = {"step": 0, "tokens": 0, "best": math.inf, "worse": 0, "seconds": 0.0}
+    if state:
+        record = load_state(state, {"model": (model, stepper)})
+    steps = [s for epoch in range(options.epochs) for s in epoch_steps(options, len(train_set), epoch)]
+    say(ranks, f"{len(train_set):,} prompts, {len(valid_set):,} to validate on; left out: "
+               f"{counts['bad']} bad, {counts['too_long']} answers too long, {counts['no_pair']} prompts "
+               "without a pair")
+    parallel = wrap_ddp(model, ranks)
+
+    def context():
+        return autocast(ranks.device, dtype)
+
+    def gradients(step):
+        batches = step_batches(options, train_set, steps[step], ranks)
+        return train_step(parallel, batches, pad, ranks, context, stepper.scale)
+
+    if ranks.world_size > 1:  # DDP lays out its buckets by the first backward pass, a resumed run's as well
+        gradients(0)
+        model.zero_grad(set_to_none=True)
+    done, earlier = record["step"], record["seconds"]
+    metrics, signal, began = Metrics(options.out, ranks, done, len(steps)), StopSignal(), time.monotonic()
+    early = 0 < options.patience <= record["worse"]  # it had stopped early, and was killed before its end
+    for step in range(done, 0 if early else len(steps)):
+        step_began = time.monotonic()
+        lr = learning_rate(step, len(steps), options.lr, options.warmup, options.schedule)
+        figures, tokens = gradients(step)
+        norm = stepper.step(lr)
+        now = time.monotonic()
+        record |= {"step": step + 1, "tokens": record["tokens"] + tokens, "seconds": earlier + now - began}
+        metrics.write(step + 1, **figures, lr=lr, grad_norm=norm, tokens=record["tokens"],
+                      tokens_per_second=tokens / (now - step_began), seconds=record["seconds"],
+                      skipped=stepper.skipped)
+        last = step + 1 == len(steps)
+        if last or (step + 1) % options.eval_every == 0:
+            found, _ = validate(model, valid_set, pad, ranks, context)
+            metrics.write(step + 1, **found)
+            keep_best(options, ranks, record, found["valid_loss"], model)
+            last = last or 0 < options.patience <= record["worse"]
+        stop = signal.agreed(ranks)
+        if last or stop or (step + 1) % options.save_every == 0:
+            save_state(options.out, record, ranks, {"model": (model, stepper)})
+        if last:
+            break
+        if stop:
+            metrics.close()
+            say(ranks, f"stopped after step {step + 1}; go on with the same command and --resume")
+            return 130
+    metrics.close()
+    export_best(options, ranks, model)
+    _, scores = validate(model, valid_set, pad, ranks, context)
+    return finish_run(options, ranks, run | {"left_out": counts}, record,
+                      lambda: export(options, model, tokenizer, valid_set, scores))
+
+
+def check_options(options, ranks):
+    """Refuse what cannot work before anything is read or written."""
+    if options.batch_size % ranks.world_size:
+        raise InputError(f"--batch-size {options.batch_size} does not divide over "
+                         f"{ranks.world_size} processes")
+    if Path(options.model).resolve() == Path(options.out).resolve():
+        raise InputError(f"--out {options.out} is the --model it starts from; choose another --out")
+
+
+@one_line_errors
+def main(argv=None):
+    options = parse_options(Options, argv, "reward.py")
+    with process_group(options.device) as ranks:
+        return train(options, ranks)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""What reward.py promises: the papers' loss, read at the right token; transformers scores alike."""
+
+import json
+import math
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+import reward
+from model import Ranks, RewardModel, autocast, load_folder, newest_state
+from test_pretrain import assert_same_run, metrics
+from tiny import ROOT, command_line, environment, launch, preferences, run, tiny, write_jsonl
+from tokenizer import InputError, Tokenizer, encode_chat
+
+torch.set_num_threads(1)
+ONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def reward_arguments(folder, out, **options):
+    settings = {"epochs": 1, "batch-size": 8, "warmup": 2, "eval-every": 4, "save-every": 3,
+                "max-length": 64, "dtype": "fp32", "device": "cpu", "lr": 1e-3} | options
+    flags = [x for name, value in settings.items() for x in (f"--{name}", value)]
+    return ["--model", folder / "base", "--data", folder / "preferences.jsonl", "--out", out, *flags]
+
+
+def options(tmp_path, **changes):
+    return reward.Options(model=str(tiny() / "base"), data=[str(tiny() / "preferences.jsonl")],
+                          out=str(tmp_path), max_length=64, **changes)
+
+
+def rankings(tmp_path, count=7):
+    tokenizer = Tokenizer.load(tiny() / "base")
+    file = write_jsonl(tmp_path / "some.jsonl", preferences(count, "some"))
+    counts = {"bad": 0, "too_long": 0, "no_pair": 0}
+    return [r for _, r in reward.read_rankings([file], tokenizer, options(tmp_path), counts)], tokenizer
+
+
+def a_model():
+    causal, _ = load_folder(tiny() / "base")
+    return reward.reward_model(causal, seed=1)
+
+
+def fp32():
+    return autocast(ONE.device, "fp32")
+
+
+@given(ranks=st.lists(st.lists(st.integers(1, 3), min_size=2, max_size=5), min_size=1, max_size=4))
+def test_the_loss_is_the_mean_over_each_prompts_untied_pairs(ranks):
+    made = [reward.Ranking([np.array([1])] * len(r), r, {}) for r in ranks]
+    scores = np.random.default_rng(0).normal(size=sum(map(len, ranks)))
+    expected, first = 0.0, 0
+    for r in ranks:
+        own = scores[first : first + len(r)]
+        k = range(len(r))
+        losses = [-np.log(1 / (1 + np.exp(own[j] - own[i]))) for i in k for j in k if r[i] < r[j]]
+        expected += np.mean(losses) if losses else 0.0
+        first += len(r)
+    loss = reward.reward_loss(torch.tensor(scores), *reward.pair_indices(made))
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+
+
+def tied():
+    return reward.Ranking([np.array([1, 2]), np.array([1, 3])], [1, 1], {})
+
+
+def test_a_step_without_a_pair_is_zero_and_not_nan():
+    model = a_model()
+    for batches in ([[]], [[tied()]]):
+        figures, _ = reward.train_step(model, batches, 3, ONE, fp32, 1.0)
+        assert figures == {"loss": 0.0, "accuracy": 0.0}
+        assert all((p.grad == 0).all() for p in model.parameters())
+
+
+def test_tied_answers_give_no_gradient_and_a_prompt_of_ties_does_not_weigh(tmp_path):
+    scores = torch.randn(4, requires_grad=True)
+    ranking = reward.Ranking([np.array([1])] * 4, [1, 1, 2, 2], {})
+    better, worse, weight = reward.pair_indices([ranking])
+    assert set(zip(better.tolist(), worse.tolist())) == {(0, 2), (0, 3), (1, 2), (1, 3)}
+    assert weight.sum() == 1.0
+    reward.reward_loss(scores, *reward.pair_indices([tied(), tied()])).backward()
+    assert (scores.grad == 0).all()
+    some, tokenizer = rankings(tmp_path)
+    losses = [reward.train_step(a_model(), [batch], tokenizer.pad, ONE, fp32, 1.0)[0]["loss"]
+              for batch in (some, [*some, tied()])]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_the_score_is_read_at_the_last_im_end(tmp_path):
+    some, tokenizer = rankings(tmp_path)
+    ids, last = reward.collate(some, tokenizer.pad)
+    texts = [tokenizer.decode(row[: i + 1].tolist()) for row, i in zip(ids, last)]
+    assert texts[1] == ("<|im_start|>user\n鲤鱼睡在哪里？<|im_end|>\n"
+                        "<|im_start|>assistant\n睡在树林里。<|im_end|>")
+    assert all(text.endswith("<|im_end|>") for text in texts)
+    assert all((row[i + 1 :] == tokenizer.pad).all() for row, i in zip(ids, last))
+    model, ids = a_model(), torch.nn.functional.pad(ids, (0, 16), value=tokenizer.pad)
+    rows = torch.arange(len(ids))
+    after, before = ids.clone(), ids.clone()
+    after[rows, last + 1] = before[rows, last - 1] = 7
+    with torch.no_grad():
+        scores, same, other = (reward.answer_scores(model, x, last) for x in (ids, after, before))
+    torch.testing.assert_close(same, scores)
+    assert ((other - scores).abs() > 1e-4).all()
+
+
+def test_padding_and_the_split_into_micro_batches_change_nothing(tmp_path):
+    some, tokenizer = rankings(tmp_path)
+    model, results = a_model(), []
+    for size in (0, 4, 9):
+        batches = reward.micro_batches(some, size)
+        assert [r for b in batches for r in b] == some
+        figures, tokens = reward.train_step(model, batches, tokenizer.pad, ONE, fp32, 1.0)
+        results.append((figures["loss"], tokens, model.model.layers[0].mlp.up_proj.weight.grad.clone()))
+        model.zero_grad()
+    for loss, tokens, gradient in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-6) and tokens == results[0][1]
+        torch.testing.assert_close(gradient, results[0][2], atol=1e-6, rtol=1e-4)
+    alone = [reward.score_all(model, [r], tokenizer.pad, ONE.device, fp32)[0] for r in some]
+    together = reward.score_all(model, some, tokenizer.pad, ONE.device, fp32)
+    for a, b in zip(alone, together):
+        assert a == pytest.approx(b, abs=1e-5)
+
+
+def test_all_answers_to_a_prompt_are_held_out_together(tmp_path):
+    pairs = [{"prompt": f"Question {i % 40}?", "chosen": f"yes {i}", "rejected": "no"} for i in range(400)]
+    file = write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    counts = {"bad": 0, "too_long": 0, "no_pair": 0}
+    chosen = options(tmp_path)
+    chosen.data = [str(file)]
+    train, valid = reward.split_rankings(chosen, Tokenizer.load(tiny() / "base"), counts)
+    asked = [{r.record["prompt"] for r in part} for part in (train, valid)]
+    assert not asked[0] & asked[1] and len(train) + len(valid) == 400
+
+
+def test_calibration_error_is_zero_where_confidence_is_as_often_right():
+    margin = math.log(3)  # sigmoid: .75
+    assert reward.calibration_error(np.array([margin] * 3 + [-margin])) == pytest.approx(0.0, abs=1e-12)
+    assert reward.calibration_error(np.array([margin] * 4)) == pytest.approx(0.25)
+
+
+def test_bad_records_are_told_with_file_and_line_or_counted(tmp_path, capsys):
+    records = list(preferences(20, "good"))
+    for bad in ({"prompt": "Hi"}, {"prompt": "Hi", "completions": ["a"], "ranks": [1]},
+                {"prompt": "Hi", "completions": ["a", "b"], "ranks": [1]}, {"chosen": "a", "rejected": "b"},
+                {"prompt": "Hi", "chosen": " ", "rejected": "b"},
+                {"prompt": [{"role": "assistant", "content": "x"}], "chosen": "a", "rejected": "b"}):
+        file = write_jsonl(tmp_path / "bad.jsonl", [*records[:3], bad, *records[3:]])
+        arguments = reward_arguments(tiny(), tmp_path / "out", data=file)
+        assert run("reward", *arguments) == 2
+        assert "bad.jsonl:4" in capsys.readouterr().err
+    assert run("reward", *arguments, "--skip-bad") == 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["left_out"]["bad"] == 1
+
+
+def test_it_learns_and_writes_what_it_held_out(tmp_path):
+    assert run("reward", *reward_arguments(tiny(), tmp_path, epochs=6, lr=2e-3)) == 0
+    accuracy = [x for x, in metrics(tmp_path, "accuracy") if x is not None]
+    assert np.mean(accuracy[-4:]) > 0.8 > np.mean(accuracy[:2])
+    lines = [json.loads(line) for line in (tmp_path / "valid.jsonl").read_text("utf-8").splitlines()]
+    assert lines and all(len(r["scores"]) == len(r["ranks"]) == len(r["completions"]) for r in lines)
+    model, tokenizer = load_folder(tmp_path, kind=RewardModel)
+    for record in lines:
+        ids = [encode_chat(tokenizer, record["prompt"] + [{"role": "assistant", "content": c}])[0]
+               for c in record["completions"]]
+        with torch.no_grad():
+            found = [model(torch.tensor([i]))[0, -1].item() for i in ids]
+        assert found == pytest.approx(record["scores"], abs=1e-4)
+
+
+def test_transformers_gives_equal_scores(tmp_path):
+    from transformers import AutoModelForSequenceClassification
+    assert run("reward", *reward_arguments(tiny(), tmp_path / "reward")) == 0
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward").eval()
+    model, tokenizer = load_folder(tmp_path / "reward", kind=RewardModel)
+    some, _ = rankings(tmp_path)
+    ids, last = reward.collate(some, tokenizer.pad)
+    with torch.no_grad():
+        own = reward.answer_scores(model, ids, last)
+        mask = (torch.arange(ids.shape[1]) <= last[:, None]).long()
+        torch.testing.assert_close(theirs(ids, attention_mask=mask).logits[:, 0], own, atol=1e-4, rtol=1e-4)
+        alone = torch.stack([theirs(row[None, : i + 1]).logits[0, 0] for row, i in zip(ids, last)])
+    torch.testing.assert_close(alone, own, atol=1e-4, rtol=1e-4)
+
+
+def test_a_reward_model_is_no_language_model(tmp_path, capsys):
+    assert run("reward", *reward_arguments(tiny(), tmp_path / "reward")) == 0
+    with pytest.raises(InputError, match="Qwen3ForSequenceClassification"):
+        load_folder(tmp_path / "reward")
+    with pytest.raises(InputError, match="Qwen3ForCausalLM"):
+        load_folder(tiny() / "base", kind=RewardModel)
+
+
+def test_stopped_and_resumed_is_bit_exact(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run("reward", *reward_arguments(tiny(), whole, epochs=6)) == 0
+    line = command_line("reward.py", *reward_arguments(tiny(), parts, epochs=6))
+    process = subprocess.Popen(line, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    while not newest_state(parts):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "--resume" in message, message
+    assert run("reward", *reward_arguments(tiny(), parts, epochs=6), "--resume") == 0
+    assert_same_run(whole, parts)
+    assert (whole / "valid.jsonl").read_bytes() == (parts / "valid.jsonl").read_bytes()
+
+
+def test_two_ranks_equal_one(tmp_path):
+    settings = {"micro-batch": 8, "epochs": 2}
+    assert run("reward", *reward_arguments(tiny(), tmp_path / "one", **settings)) == 0
+    result = launch("reward.py", *reward_arguments(tiny(), tmp_path / "two", **settings), processes=2)
+    assert result.returncode == 0, result.stderr
+    names = "loss", "accuracy", "tokens", "valid_loss"  # equal tokens: the ranks had different rows
+    one, two = (metrics(tmp_path / name, *names) for name in ("one", "two"))
+    assert len(one) == len(two)
+    for left, right in zip(one, two):
+        for a, b in zip(left, right):
+            assert (a is None and b is None) or b == pytest.approx(a, rel=1e-5)
