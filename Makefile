@@ -103,7 +103,8 @@ else
 TEXT       = $(DATA)/pretrain
 CHATS      = $(wildcard $(DATA)/sft)
 ASKED      = $(wildcard $(DATA)/preference)
-ANNOTATED  = --train-part --scorer $(SCORER)
+PART       = --train-part
+ANNOTATED  = $(PART) --scorer $(SCORER)
 RANKED     = $(ASKED) $(if $(SCORER),$(RUN)/preferences.jsonl)
 PROMPTS    = $(addsuffix $(if $(SCORER), --scorer $(SCORER)),$(wildcard $(DATA)/prompts))
 TEXT_IN    = $(RUN)/.options/data-pretrain
@@ -136,9 +137,10 @@ collect   = collect.py --model $(RUN)/sft --data $(ASKED) $(ANNOTATED) --out $(R
 collect_test = collect.py --model $(RUN)/sft --data $(RUN)/island/written_test.jsonl --seed $(SEED) $(COLLECT) \
             --written $(RUN)/island/written_test.jsonl --scorer data/island.py:score --out $(RUN)/preferences_test.jsonl
 reward    = reward.py --model $(RUN)/sft --data $(RANKED) --out $(RUN)/reward --seed $(SEED) $(REWARD)
-ppo       = ppo.py --model $(RUN)/sft --reward $(RUN)/reward --data $(ASKED) --out $(RUN)/ppo --seed $(SEED) $(PPO)
-hacking   = ppo.py --model $(RUN)/sft --reward $(RUN)/reward --data $(ASKED) --out $(RUN)/hacking --seed $(SEED) \
-            $(HACKING)
+ppo       = ppo.py --model $(RUN)/sft --reward $(RUN)/reward --data $(ASKED) $(PART) --out $(RUN)/ppo \
+            --seed $(SEED) $(PPO)
+hacking   = ppo.py --model $(RUN)/sft --reward $(RUN)/reward --data $(ASKED) $(PART) --out $(RUN)/hacking \
+            --seed $(SEED) $(HACKING)
 dpo       = dpo.py --model $(RUN)/sft --data $(RANKED) --out $(RUN)/dpo --seed $(SEED) $(DPO)
 report    = evaluate.py --model $(JUDGED) --data $(RUN)/tokens $(if $(PROMPTS),--prompts $(PROMPTS)) \
             $(JUDGES) $(RANKED_TEST) --out $(RUN)/report.html $(EVALUATE)

@@ -6,12 +6,13 @@
     python collect.py ... --pairs                          # a line a pair: chosen and rejected
 
 reward.py and dpo.py read either. The scorer stands for whoever judges: `(prompt, answer, meta) -> {name:
-number}`, of which --key is the score; a larger score is a better rank, equal scores share one. What is sampled
-depends on --seed and the prompt's place in the data only, not on batches or on the number of processes.
+number}`, of which --key is the score; a larger score is a better rank, equal scores share one. What is
+sampled depends on --seed and the prompt's place in the data only, not on batches or the number of processes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sys
@@ -40,8 +41,9 @@ class Options:
     out: str = option("JSONL file to write; the same name ending in .run.json tells how it was made")
     scorer: str = option("file.py:function, (prompt, answer, meta) -> dict of numbers")
     key: str = option("which of the scorer's numbers ranks the answers", "gold")
+    train_part: bool = option("leave out the prompts that reward.py and dpo.py hold out by hash", False)
     k: int = option("answers a prompt", 4, at_least=2)
-    written: str = option("JSONL file with `prompt` and `completions`: half of the answers come from there", "")
+    written: str = option("JSONL file with `prompt` and `completions`: half of the answers are from there", "")
     pairs: bool = option("write every pair of unequal answers, instead of a ranking a prompt", False)
     limit: int | None = option("take only the first so many prompts", None, at_least=1)
     temperature: float = option("of the sampling; 0 always takes the likeliest token", 1.0, at_least=0)
@@ -101,6 +103,11 @@ def name_of(messages):
     return json.dumps(messages, sort_keys=True)
 
 
+def held_out(messages):
+    """Whether a prompt is among the 5 % with the smallest hashes, on which reward.py and dpo.py validate."""
+    return int.from_bytes(hashlib.sha256(name_of(messages).encode()).digest()[:4], "big") / 2**32 < 0.05
+
+
 def read_written(files):
     """{name of a prompt: its written answers, each once}."""
     written = {}
@@ -131,6 +138,9 @@ def read_items(options, tokenizer, room, counts):
                 ids, _ = encode_chat(tokenizer, messages, generation_prompt=True)
             except InputError as error:
                 raise InputError(f"{place}: {error}") from None
+            if options.train_part and held_out(messages):
+                counts["held_out"] += 1
+                continue
             counts["prompts"] += 1
             if len(ids) > room:
                 counts["too_long"] += 1
@@ -241,7 +251,7 @@ def collect(options, ranks):
     score = load_scorer(options.scorer)
     model, tokenizer = load_folder(options.model, ranks.device, DTYPES[options.dtype])
     room = model.config.max_position_embeddings - options.max_new_tokens
-    counts = {"prompts": 0, "too_long": 0, "one_answer": 0, "duplicates": 0, "all_tied": 0}
+    counts = {"prompts": 0, "held_out": 0, "too_long": 0, "one_answer": 0, "duplicates": 0, "all_tied": 0}
     items = read_items(options, tokenizer, room, counts)
     stop = stop_ids(options.model, tokenizer) | {tokenizer.endoftext}
     sampling = time.monotonic()
@@ -273,12 +283,14 @@ def report(options, counts, seconds, rate):
     """What was written, what was left out, and how good the answers are, in a few lines."""
     def score(origin):
         value = counts[f"{origin}_score"]
-        return f"{counts[origin]:,} {origin}" + ("" if value is None else f", mean {options.key} {value:+.3f}")
+        told = "" if value is None else f", mean {options.key} {value:+.3f}"
+        return f"{counts[origin]:,} {origin}{told}"
 
     what = "pairs" if options.pairs else "rankings"
-    return (f"{counts['records']:,} {what} of {counts['prompts']:,} prompts in {options.out}, {seconds:.1f} s "
-            f"({rate:.1f} answers/s)\nanswers: {score('sampled')}; {score('written')}; "
-            f"{counts['duplicates']:,} duplicates taken out\nleft out: {counts['too_long']:,} prompts too long, "
+    return (f"{counts['records']:,} {what} of {counts['prompts']:,} prompts in {options.out}, "
+            f"{seconds:.1f} s ({rate:.1f} answers/s)\n"
+            f"answers: {score('sampled')}; {score('written')}; {counts['duplicates']:,} duplicates taken out\n"
+            f"left out: {counts['held_out']:,} prompts held out, {counts['too_long']:,} too long, "
             f"{counts['one_answer']:,} with one answer only; all answers tie in {counts['all_tied']:,}")
 
 

@@ -2,9 +2,9 @@
 
     python dpo.py --model run/sft --data run/preferences.jsonl --out run/dpo
 
-No reward model and no sampling: the reward is implied. It is beta times how much likelier the model makes an
-answer than the model it started from (the reference) does, and the loss asks that the chosen answer's be higher
-than the rejected one's. The reference never changes, so its log-probabilities are computed once, beforehand.
+No reward model and no sampling: the reward is implied. It is beta times how much likelier the model makes
+an answer than the model it started from (the reference) does, and the loss asks that the chosen answer's be
+higher than the rejected one's. The reference never changes, so its log-probabilities are computed once, beforehand.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import (Metrics, Ranks, Stepper, StopSignal, accumulate, autocast, choose_dtype, export_best, fingerprint,
-                   finish_run, keep_best, learning_rate, load_folder, load_state, make_optimizer, open_run,
-                   process_group, save_folder, save_state, say, wrap_ddp, write_json)
+from model import (Metrics, Ranks, Stepper, StopSignal, accumulate, autocast, choose_dtype, export_best,
+                   fingerprint, finish_run, keep_best, learning_rate, load_folder, load_state, make_optimizer,
+                   open_run, process_group, save_folder, save_state, say, wrap_ddp, write_json)
 from tokenizer import (InputError, check_messages, encode_chat, one_line_errors, option, parse_options,
                        read_jsonl)
 
 
 @dataclass(kw_only=True)
 class Options:
-    """Fine-tune a model on preferences: JSONL with `prompt` and `chosen`, `rejected` or `completions`, `ranks`.
+    """Fine-tune a model on preferences: JSONL with `prompt` and either `chosen` and `rejected`, or
+    `completions` and `ranks`.
     """
 
     model: str = option("checkpoint folder to start from; it is the reference too")
@@ -43,7 +44,8 @@ class Options:
     pairs_per_prompt: int = option("pairs that a ranking gives: a best answer, and one ranked lower",
                                    1, at_least=1)
     beta: float = option("how strongly the model is held to the reference", 0.1, at_least=0)
-    sft_weight: float = option("weight of the chosen answer's negative log-likelihood a token", 0.2, at_least=0)
+    sft_weight: float = option("weight of the chosen answer's negative log-likelihood a token",
+                               0.2, at_least=0)
     epochs: int = option("passes over the data", 1, at_least=1)
     batch_size: int = option("pairs a step, over all ranks", 32, at_least=1)
     micro_batch: int = option("answers a forward pass, on one rank; 0 takes the rank's whole share at once",
@@ -130,7 +132,7 @@ def record_ranking(record):
 
 
 def encode_answer(tokenizer, prompt, answer):
-    """An Answer: what the assistant says in `answer` is trained, with its <|im_end|>; nothing of the prompt."""
+    """An Answer: what the assistant says in it is trained, with its <|im_end|>; nothing of the prompt."""
     ids, trained = encode_chat(tokenizer, prompt + answer)
     trained = np.array(trained)
     trained[: len(encode_chat(tokenizer, prompt)[0])] = False  # what the assistant said before is given
@@ -257,7 +259,8 @@ def batch_loss(model, batch, references, options, ranks, context):
     numbers, ids, targets = (x.to(ranks.device) for x in batch)  # (P,), (2 P, T), (2 P, T)
     real = (numbers >= 0).float()  # (P,)
     chosen, rejected = answer_logprobs(model, ids, targets, context)  # (P,) each
-    preference, reward_chosen, reward_rejected = dpo_loss(chosen, rejected, *references[numbers].T, options.beta)
+    reference = references[numbers].T  # (2, P)
+    preference, reward_chosen, reward_rejected = dpo_loss(chosen, rejected, *reference, options.beta)
     length = (targets[: len(numbers)] >= 0).sum(-1).clamp(min=1)  # (P,): tokens of the chosen answer
     nll = -chosen / length
     loss = preference + options.sft_weight * nll
@@ -294,9 +297,9 @@ def train_step(model, batches, references, options, ranks, context, scale):
 
 @torch.no_grad()
 def reference_logprobs(model, steps, count, ranks, context):
-    """log-probabilities of `count` pairs' answers under the model as it is now: (count + 1, 2), the last row 0.
+    """log-probabilities of `count` pairs' answers under the model as it is now: (count + 1, 2), last row 0.
 
-    steps: this rank's micro-batches of an epoch. They are the ones that training begins with, not just the same
+    steps: this rank's micro-batches of an epoch. They are those that training begins with, not just the same
     pairs: in other shapes sums round otherwise, and the first loss would not be log 2 to the last bit.
     """
     references = torch.zeros(count + 1, 2)

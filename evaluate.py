@@ -11,7 +11,7 @@ figures for machines, and answers/{stage}.jsonl, every answer with its verdict.
 
 With --reward and --reference it also tells what alignment did: how well the reward model agrees with the
 scorer, what it makes of each stage's answers, how far each stage went from the reference, and what became of
-the scorer's reward while PPO chased the model's.
+the scorer's reward while PPO chased the model's. Beside the page is then rankings.jsonl, what it scored.
 
 Begin with FIGURES (what is counted) and `figures` (how). Answers are greedy: figures can be had again.
 """
@@ -60,8 +60,8 @@ class Options:
     scorer: str | None = option("file.py:function, (prompt, answer, meta) -> dict of numbers", None)
     reward: str | None = option("reward model's folder: it scores the answers, and is itself judged", None)
     reference: str | None = option("folder that the aligned stages started from: the KL to it is told", None)
-    ranked: list[str] = option("rankings by the scorer, on which the reward model is judged", [])
-    hacking: str | None = option("folder of a PPO run without KL penalty, for the plot", None)
+    ranked: list[str] = option("JSONL files of the scorer's own rankings, to judge the reward model by", [])
+    hacking: str | None = option("folder of a PPO run without KL penalty, for the plots only", None)
     out: str | None = option("the page to write; report.json and answers/ lie beside it", None)
     rescore: bool = option("make the report at --out again from its answers, with no model", False)
     summary: list[str] = option("report.json files of several seeds: tell mean and values in Markdown", [])
@@ -102,7 +102,7 @@ FIGURES = {
     "arithmetic_exact": (("arithmetic",), "exact", "sums", "↑"),
     "gold_reward": ((), "gold", "the scorer's reward, -1 to 1", "↑"),
     "rm_reward": ((), None, "the reward model's score", "↑"),
-    "kl_to_sft": ((), None, "nats a token, on own samples", "↓"),
+    "kl_to_sft": ((), None, "KL to the SFT model, nats a token", "↓"),
     "distinct_2": ((), None, "different word pairs among all", "↑"),
     "bits_per_byte": ((), None, "on held-out text", "↓"),
 }
@@ -112,9 +112,8 @@ def figures(answers, bits, divergence):
     """One stage's figures: {"en": {figure: value}, "zh": ..., "code": {"bits_per_byte": value}}.
 
     answers: judged records; bits: {language: bits per byte}; divergence: {language: KL to the reference}. A
-    figure with nothing behind it is None.
-    `by_kind`: for each kind of prompt the number of answers, the share that ended by itself, and the mean
-    of every key of the verdict.
+    figure with nothing behind it is None. `by_kind`: for each kind of prompt the number of answers, the
+    share that ended by itself, and the mean of every key of the verdict.
     """
     stage = {}
     for lang in ("en", "zh"):
@@ -184,7 +183,7 @@ def read_item(record, where):
     prompt, meta = record.get("prompt"), record.get("meta", {})
     if not isinstance(meta, dict):
         raise InputError(f"{where}: meta must be an object")
-    kind, lang = str(meta.get("kind") or "chat"), meta.get("lang") or record.get("lang")
+    kind = str(meta.get("kind") or "chat")
     if kind in PLAIN and isinstance(prompt, list):
         raise InputError(f"{where}: a prompt of kind {kind} is a text to go on with, so a string")
     messages = messages_of(prompt)
@@ -194,9 +193,15 @@ def read_item(record, where):
         raise InputError(f"{where}: prompt: {error}") from None
     if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
         raise InputError(f"{where}: a prompt ends with what a user says, and it is not empty")
+    return {"prompt": prompt, "meta": meta, "kind": kind, "lang": lang_of(record)}
+
+
+def lang_of(record):
+    """en or zh: what a record says, else by the letters of its prompt's last message."""
+    lang = record["meta"].get("lang") if record.get("meta") else record.get("lang")
     if lang not in ("en", "zh"):
-        lang = "zh" if re.search(f"[{HAN}]", messages[-1]["content"]) else "en"
-    return {"prompt": prompt, "meta": meta, "kind": kind, "lang": lang}
+        lang = "zh" if re.search(f"[{HAN}]", messages_of(record["prompt"])[-1]["content"]) else "en"
+    return lang
 
 
 def messages_of(prompt):
@@ -259,39 +264,50 @@ def answer_prompts(model, tokenizer, items, stop, options, ranks, name=""):
         for i, sample in zip(batch, generate(model, [encoded[i] for i in batch], tokens, stop)):
             text = tokenizer.decode(sample.ids[:-1] if sample.finished else sample.ids)
             answers[i] = {**items[i], "answer": text, "finished": sample.finished}
-    if ranks.world_size > 1:
-        shares = [None] * ranks.world_size
-        dist.all_gather_object(shares, answers)
-        answers = {i: a for share in shares for i, a in share.items()}
+    answers = gathered(answers, ranks)
     return [answers[i] for i in sorted(answers)]
 
 
+def gathered(found, ranks):
+    """What all ranks found, {number: result}: each has taken other numbers."""
+    if ranks.world_size == 1:
+        return found
+    shares = [None] * ranks.world_size
+    dist.all_gather_object(shares, found)
+    return {i: result for share in shares for i, result in share.items()}
+
+
+def verdict_of(score, prompt, answer, meta):
+    """The scorer's verdict, {key: number}; {} without a scorer. InputError where it fails."""
+    try:
+        verdict = score(prompt, answer, meta) if score else {}
+        verdict = {key: float(value) for key, value in verdict.items()}
+        if not all(map(math.isfinite, verdict.values())):
+            raise ValueError(f"not finite: {verdict}")
+    except Exception as error:
+        asked = json.dumps(prompt, ensure_ascii=False)[:160]
+        raise InputError(f"the scorer failed on {asked}: {error!r}") from None
+    return verdict
+
+
 def judge(answers, score):
-    """Put the scorer's verdict, {key: number}, into every answer; {} without a scorer."""
+    """Put the scorer's verdict into every answer; {} where a text was only continued."""
     for a in answers:
-        try:
-            asked = score and a["kind"] != "continuation"
-            verdict = score(a["prompt"], a["answer"], a["meta"]) if asked else {}
-            a["verdict"] = {key: float(value) for key, value in verdict.items()}
-            if not all(map(math.isfinite, a["verdict"].values())):
-                raise ValueError(f"not finite: {verdict}")
-        except Exception as error:
-            raise InputError(f"the scorer failed on {key_of(a)[1][:160]}: {error!r}") from None
+        own = None if a["kind"] == "continuation" else score
+        a["verdict"] = verdict_of(own, a["prompt"], a["answer"], a["meta"])
     return answers
 
 
 def run_stage(name, folder, items, options, judges, ranks):
-    """Load a checkpoint folder: (answers, not judged yet; {language: bits per byte} and KLs, on rank 0)."""
+    """Measure a folder: (answers, not judged yet; {language: bits per byte}, on rank 0; {language: KL})."""
     began = time.perf_counter()
     model, tokenizer = load_folder(folder, ranks.device, DTYPES[options.dtype])
     shards = read_tokens(options.data, "test", tokenizer) if options.data and ranks.first else []
     bits = bits_per_byte(model, tokenizer, shards, options.max_length, max_windows=options.max_windows)
     stop = stop_ids(folder, tokenizer) | {tokenizer.endoftext}
     answers = answer_prompts(model, tokenizer, items, stop, options, ranks, name)
-    divergence = {}
-    if ranks.first:
-        add_reward(answers, judges, options.batch_size)
-        divergence = kl_to_reference(model, tokenizer, folder, items, stop, options, judges)
+    add_reward(answers, judges, options, ranks)
+    divergence = kl_to_reference(model, tokenizer, folder, items, stop, options, judges, ranks)
     left_out = len(items) - len(answers)
     note = f"; left out {left_out} prompts too long for its context" if left_out else ""
     say(ranks, f"{name}: {len(answers)} answers in {time.perf_counter() - began:.1f} s{note}")
@@ -302,96 +318,6 @@ def run_stage(name, folder, items, options, judges, ranks):
 # Alignment: the reward model's scores, KL to the reference, agreement with the scorer, PPO's samples
 
 KL_PROMPTS = 200  # of each language
-
-
-@dataclass
-class Judges:
-    """The models that stages are measured with, (model, tokenizer) each; None where not asked for."""
-
-    reward: tuple | None
-    reference: tuple | None
-    reference_folder: Path | None
-
-
-def load_judges(options, device):
-    reward = load_folder(options.reward, device, kind=RewardModel) if options.reward else None
-    reference = load_folder(options.reference, device) if options.reference else None
-    return Judges(reward, reference, Path(options.reference).resolve() if options.reference else None)
-
-
-@torch.inference_mode()
-def reward_scores(judge, dialogues, batch_size):
-    """The reward model's score of each dialogue, (prompt, answer, whether the answer ended): floats.
-
-    It is read at the last token: at the <|im_end|>, or where an answer was cut off.
-    """
-    model, tokenizer = judge
-    device, rows = next(model.parameters()).device, []
-    for prompt, answer, ended in dialogues:
-        ids, _ = encode_chat(tokenizer, [*messages_of(prompt), {"role": "assistant", "content": answer}])
-        rows.append(ids if ended else ids[:-1])
-    order, scores = sorted(range(len(rows)), key=lambda i: len(rows[i])), {}
-    for first in range(0, len(order), batch_size):
-        batch = order[first : first + batch_size]
-        ids, last = pad_right([rows[i] for i in batch], tokenizer.pad, device)  # (B, T), (B,)
-        found = model(ids).gather(1, last[:, None])[:, 0]  # (B,)
-        scores |= dict(zip(batch, found.tolist()))
-    return [scores[i] for i in range(len(rows))]
-
-
-def pad_right(rows, pad, device):
-    """Rows of ids -> ids (B, T), and the place of each row's last token (B,)."""
-    ids = torch.full((len(rows), max(map(len, rows))), pad)
-    for b, row in enumerate(rows):
-        ids[b, : len(row)] = torch.tensor(row)
-    return ids.to(device), torch.tensor([len(row) - 1 for row in rows], device=device)
-
-
-def add_reward(answers, judges, batch_size):
-    """Put the reward model's score into every chat answer, as rm_reward."""
-    chats = [a for a in answers if a["kind"] not in PLAIN] if judges.reward else []
-    asked = [(a["prompt"], a["answer"], a["finished"]) for a in chats]
-    for a, value in zip(chats, reward_scores(judges.reward, asked, batch_size) if asked else []):
-        a["rm_reward"] = value
-
-
-def kl_to_reference(model, tokenizer, folder, items, stop, options, judges):
-    """{language: mean KL(stage || reference) a token, in nats}, over the whole vocabulary.
-
-    Over answers that the stage itself samples at temperature 1, to prompts that are the same for every stage.
-    A model from pretrain.py does not chat: none. The reference itself: 0.
-    """
-    if not judges.reference or read_if_there(folder / "run.json").get("stage") == "pretrain":
-        return {}
-    divergence = {}
-    for lang in ("en", "zh"):
-        own = [i for i in items if i["lang"] == lang and i["kind"] not in PLAIN]
-        own = sorted(own, key=lambda i: hashlib.sha256(repr(key_of(i)).encode()).hexdigest())[:KL_PROMPTS]
-        if folder.resolve() == judges.reference_folder:
-            divergence[lang] = 0.0
-        elif own:
-            divergence[lang] = kl_of_samples(model, judges.reference[0], tokenizer, own, stop, options)
-    return divergence
-
-
-@torch.inference_mode()
-def kl_of_samples(model, reference, tokenizer, items, stop, options):
-    """Mean over the tokens of answers of sum_v p(v) (log p(v) - log q(v)): p the model's, q the reference's.
-    """
-    device, total, tokens = next(model.parameters()).device, 0.0, 0
-    prompts = sorted((encode_prompt(tokenizer, item) for item in items), key=len)
-    for first in range(0, len(prompts), 32):
-        batch = prompts[first : first + 32]
-        rows = range(first, first + len(batch))
-        samples = generate(model, batch, options.max_new_tokens, stop, temperature=1.0, rows=rows)
-        ids, _ = pad_right([p + s.ids for p, s in zip(batch, samples)], tokenizer.pad or 0, device)  # (B, T)
-        own, other = (m(ids).float().log_softmax(-1) for m in (model, reference))  # (B, T, V)
-        kl = (own.exp() * (own - other)).sum(-1)  # (B, T): at t, of the token t + 1
-        for b, (prompt, s) in enumerate(zip(batch, samples)):
-            total += kl[b, len(prompt) - 1 : len(prompt) - 1 + len(s.ids)].sum().item()
-            tokens += len(s.ids)
-    return total / max(tokens, 1)
-
 
 # The pairs of answers that by_kind counts: of which prompts, what is true of the better and of the worse one.
 PAIRS = {
@@ -405,9 +331,145 @@ PAIRS = {
 }
 
 
-def untied(ranks):
-    """Index pairs (better, worse) of a ranking; ties make none."""
-    return [(i, j) for i, a in enumerate(ranks) for j, b in enumerate(ranks) if a < b]
+@dataclass
+class Judges:
+    """The models that stages are measured with, (model, tokenizer) each; None where not asked for."""
+
+    reward: tuple | None
+    reference: tuple | None
+
+
+def load_judges(options, device):
+    dtype = DTYPES[options.dtype]
+    reward = load_folder(options.reward, device, dtype, RewardModel) if options.reward else None
+    return Judges(reward, load_folder(options.reference, device, dtype) if options.reference else None)
+
+
+def pad_right(rows, device):
+    """Rows of ids -> ids (B, T), padded behind, where causal attention of what is before does not look."""
+    rows = [torch.tensor(row) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+
+
+def dialogue(prompt, answer):
+    """The messages of a prompt and of its answer, each a text or a message list."""
+    said = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
+    return messages_of(prompt) + said
+
+
+@torch.inference_mode()
+def reward_scores(judge, asked, options, ranks):
+    """The reward model's score of each (prompt, answer, whether it ended): floats, None beyond its context.
+
+    It is read at the last token, as in PPO: <|im_end|>, or where an answer was cut off.
+    """
+    model, tokenizer = judge
+    rows = [encode_chat(tokenizer, dialogue(prompt, answer))[0][: None if ended else -1]
+            for prompt, answer, ended in asked]
+    longest, size, scores = model.config.max_position_embeddings, options.batch_size, {}
+    order = sorted((i for i, row in enumerate(rows) if len(row) <= longest), key=lambda i: len(rows[i]))
+    batches = [order[first : first + size] for first in range(0, len(order), size)]
+    for batch in batches[ranks.rank :: ranks.world_size]:
+        last = torch.tensor([[len(rows[i]) - 1] for i in batch], device=ranks.device)  # (B, 1)
+        found = model(pad_right([rows[i] for i in batch], ranks.device)).gather(1, last)  # (B, 1)
+        scores |= dict(zip(batch, found[:, 0].tolist()))
+    scores = gathered(scores, ranks)
+    return [scores.get(i) for i in range(len(rows))]
+
+
+def add_reward(answers, judges, options, ranks):
+    """Put the reward model's score into every chat answer, as rm_reward."""
+    chats = [a for a in answers if a["kind"] not in PLAIN] if judges.reward else []
+    asked = [(a["prompt"], a["answer"], a["finished"]) for a in chats]
+    for a, value in zip(chats, reward_scores(judges.reward, asked, options, ranks) if asked else []):
+        a["rm_reward"] = value
+
+
+def kl_to_reference(model, tokenizer, folder, items, stop, options, judges, ranks):
+    """{language: mean KL(stage || reference) a token, in nats}, over the whole vocabulary.
+
+    Over answers that the stage itself samples at temperature 1, to prompts that are the same for every stage,
+    chosen by their hash. None for a model of pretrain.py, which does not chat, and for one of another
+    tokenizer; 0 for the reference itself.
+    """
+    pretrained = read_if_there(folder / "run.json").get("stage") == "pretrain"
+    if not judges.reference or pretrained or tokenizer.hash != judges.reference[1].hash:
+        return {}
+    if folder.resolve() == Path(options.reference).resolve():
+        return dict.fromkeys(("en", "zh"), 0.0)
+    divergence, room = {}, model.config.max_position_embeddings - options.max_new_tokens
+    for lang in ("en", "zh"):
+        own = [i for i in items if i["lang"] == lang and i["kind"] not in PLAIN]
+        own = sorted(own, key=lambda i: hashlib.sha256(repr(key_of(i)).encode()).hexdigest())[:KL_PROMPTS]
+        prompts = sorted((encode_prompt(tokenizer, item) for item in own), key=len)
+        prompts, kl = [p for p in prompts if len(p) <= room], {}
+        for first in range(32 * ranks.rank, len(prompts), 32 * ranks.world_size):
+            rows = range(first, min(first + 32, len(prompts)))
+            asked = [prompts[row] for row in rows]
+            samples = generate(model, asked, options.max_new_tokens, stop, temperature=1.0, rows=rows)
+            kl[first] = kl_of_tokens(model, judges.reference[0], asked, [s.ids for s in samples])
+        values = [v for _, part in sorted(gathered(kl, ranks).items()) for v in part]
+        divergence[lang] = mean(values)
+    return divergence
+
+
+@torch.inference_mode()
+def kl_of_tokens(model, reference, prompts, answers):
+    """sum_v p(v) (log p(v) - log q(v)) at each token of all answers: p the model's, q the reference's."""
+    device = next(model.parameters()).device
+    ids = pad_right([p + a[:-1] for p, a in zip(prompts, answers)], device)  # (B, T)
+    asking = torch.zeros(ids.shape, dtype=torch.bool, device=device)  # t: t + 1 is an answer's token
+    for b, (prompt, answer) in enumerate(zip(prompts, answers)):
+        asking[b, len(prompt) - 1 : len(prompt) - 1 + len(answer)] = True
+    kl = []
+    for own, other in zip(*(m.model(ids)[asking].split(256) for m in (model, reference))):  # (N, H) each
+        p, q = (head(x).float().log_softmax(-1)  # (N, V)
+                for head, x in ((model.lm_head, own), (reference.lm_head, other)))
+        kl += (p.exp() * (p - q)).sum(-1).tolist()
+    return kl
+
+
+def read_rankings(path, lists):
+    """Records of `prompt` and of these lists of one length, with lang; InputError naming file and line."""
+    for number, record in read_jsonl(path):
+        found = [record.get(key) for key in lists]
+        try:
+            if not all(isinstance(own, list) and len(own) == len(found[0]) for own in found):
+                raise InputError(f"expected lists of one length: {', '.join(lists)}")
+            for answer in found[0]:
+                check_messages(dialogue(record.get("prompt"), answer))
+        except InputError as error:
+            raise InputError(f"{path}:{number}: {error}") from None
+        yield {**record, "meta": record.get("meta") or {}, "lang": lang_of(record)}
+
+
+def score_rankings(options, judges, ranks):
+    """What the reward model is judged by, with its scores: --ranked, and what reward.py held out.
+
+    One with an answer beyond its context is left out. Returns (records, how many were left out).
+    """
+    records = [r for file in options.ranked for r in read_rankings(Path(file), ("completions", "ranks"))]
+    asked = [(r["prompt"], answer, True) for r in records for answer in r["completions"]]
+    scores = iter(reward_scores(judges.reward, asked, options, ranks))
+    scored = [{"from": "ranked", **r, "scores": [next(scores) for _ in r["completions"]]} for r in records]
+    whole, path = [r for r in scored if None not in r["scores"]], Path(options.reward) / "valid.jsonl"
+    held_out = read_rankings(path, ("completions", "ranks", "scores")) if path.is_file() else ()
+    return whole + [{"from": "held out", **r} for r in held_out], len(scored) - len(whole)
+
+
+def pairs_of(record, score):
+    """A ranking's untied pairs: (r(better) - r(worse), its kinds by PAIRS, how much longer the better is)."""
+    texts = [a if isinstance(a, str) else a[-1]["content"] for a in record["completions"]]
+    meta, ranks, scores = record["meta"], record["ranks"], record["scores"]
+    verdicts = [verdict_of(score, record["prompt"], text, meta) for text in texts]
+    for i in range(len(ranks)):
+        for j in range(len(ranks)):
+            if ranks[i] < ranks[j]:
+                kinds = [name for name, (prompts, better, worse) in PAIRS.items()
+                         if (prompts is None or meta.get("kind") in prompts)
+                         and verdicts[i].get(better) == 1 and verdicts[j].get(better) == 0
+                         and (worse is None or verdicts[j].get(worse) == 1)]
+                yield scores[i] - scores[j], kinds, len(texts[i]) - len(texts[j])
 
 
 def agreement(margins):
@@ -415,53 +477,35 @@ def agreement(margins):
     return mean(0.5 * (1 + (m > 0) - (m < 0)) for m in margins)
 
 
-def judge_reward(options, judges, score):
-    """{language: how the reward model agrees with the scorer's rankings and with its own held-out labels}.
+def reward_figures(rankings, score):
+    """({language: how well the reward model orders pairs of answers}, {language: its calibration's bins}).
 
-    gold_accuracy and by_kind: over the untied pairs of --ranked, whose ranks are the scorer's own.
-    heldout_accuracy and the calibration error: over the pairs that reward.py held out, with their own labels.
-    Also the calibration's bins, [confidence, share that was right, pairs].
+    gold_accuracy and by_kind: the untied pairs of --ranked, whose ranks are the scorer's own.
+    heldout_accuracy and expected_calibration_error: the pairs that reward.py held out, by their own labels,
+    some of which may be wrong; heldout_length_accuracy is what preferring the longer text would reach there.
     """
-    held_out, ranked = defaultdict(list), defaultdict(list)  # language: margins; (language, kind): margins
-    path = Path(options.reward) / "valid.jsonl"
-    for _, record in read_jsonl(path) if path.is_file() else ():
-        scores = record["scores"]
-        held_out[lang_of(record)] += [scores[i] - scores[j] for i, j in untied(record["ranks"])]
-    records = [r for file in options.ranked for _, r in read_jsonl(Path(file))]
-    asked = [(r["prompt"], answer, True) for r in records for answer in r["completions"]]
-    scores = iter(reward_scores(judges.reward, asked, options.batch_size) if asked else [])
-    for record in records:
-        own, lang = [next(scores) for _ in record["completions"]], lang_of(record)
-        meta = record.get("meta", {})
-        verdicts = [score(record["prompt"], a, meta) if score else {} for a in record["completions"]]
-        ranked[lang, "all"] += [own[i] - own[j] for i, j in untied(record["ranks"])]
-        for kind, (prompts, better, worse) in PAIRS.items():
-            if prompts is None or meta.get("kind") in prompts:
-                ranked[lang, kind] += [own[i] - own[j] for i, j in untied(record["ranks"])
-                                       if is_pair(verdicts[i], verdicts[j], better, worse)]
-    found = {lang: {"gold_accuracy": agreement(ranked[lang, "all"]),
-                    "heldout_accuracy": agreement(held_out[lang]),
-                    "expected_calibration_error": calibration(held_out[lang])[0],
-                    "by_kind": {kind: agreement(ranked[lang, kind]) for kind in PAIRS},
-                    "pairs": {kind: len(ranked[lang, kind]) for kind in ("all", *PAIRS)}}
-             for lang in ("en", "zh")}
-    return found, calibration(held_out["en"] + held_out["zh"])[1]
-
-
-def is_pair(a, b, better, worse):
-    """Whether verdict a is a better answer's and b a worse one's: `better` true of a alone, `worse` of b."""
-    return a.get(better) == 1 and b.get(better) == 0 and (worse is None or b.get(worse) == 1)
-
-
-def lang_of(record):
-    text = messages_of(record["prompt"])[-1]["content"]
-    return record.get("meta", {}).get("lang") or ("zh" if re.search(f"[{HAN}]", text) else "en")
+    found, bins = {}, {}
+    for lang in ("en", "zh"):
+        own = [r for r in rankings if r["lang"] == lang]
+        gold = [pair for r in own if r["from"] == "ranked" for pair in pairs_of(r, score)]
+        held_out = [pair for r in own if r["from"] == "held out" for pair in pairs_of(r, None)]
+        by_kind = {kind: [m for m, kinds, _ in gold if kind in kinds] for kind in PAIRS}
+        error, bins[lang] = calibration([m for m, _, _ in held_out])
+        pairs = {"gold": len(gold), "heldout": len(held_out)}
+        found[lang] = {"gold_accuracy": agreement(m for m, _, _ in gold),
+                       "heldout_accuracy": agreement(m for m, _, _ in held_out),
+                       "heldout_length_accuracy": agreement(longer for _, _, longer in held_out),
+                       "expected_calibration_error": error,
+                       "by_kind": {kind: agreement(margins) for kind, margins in by_kind.items()},
+                       "pairs": pairs | {kind: len(margins) for kind, margins in by_kind.items()}}
+    return found, bins
 
 
 def calibration(margins, bins=10):
     """(expected calibration error (Guo et al. 2017, eq. 3), [[confidence, share right, pairs] of each bin]).
 
-    The answer of a pair that scores higher is taken for the better one with confidence sigmoid(|margin|).
+    The answer of a pair that scores higher is taken for the better one, with confidence sigmoid(|margin|) in
+    [0.5, 1], which is cut into bins of equal width.
     """
     placed = defaultdict(list)
     for margin in margins:
@@ -469,19 +513,29 @@ def calibration(margins, bins=10):
         placed[min(int((confidence - 0.5) * 2 * bins), bins - 1)].append((confidence, margin > 0))
     table = [[mean(c for c, _ in own), mean(right for _, right in own), len(own)]
              for _, own in sorted(placed.items())]
-    if not margins:
-        return None, []
-    return sum(abs(c - r) * n for c, r, n in table) / len(margins), table
+    count = sum(n for _, _, n in table)
+    return (math.fsum(abs(c - r) * n for c, r, n in table) / count if count else None), table
 
 
-def ppo_curve(folder, score):
-    """[{step, rm_reward, gold, kl, distinct_2}] over a PPO run's own samples, by step."""
-    steps = defaultdict(list)
-    for _, sample in read_jsonl(folder / "samples.jsonl"):
-        steps[sample["step"]].append(sample)
-    return [{"step": step, "rm_reward": mean(s["rm_reward"] for s in own), "kl": mean(s["kl"] for s in own),
-             "gold": mean(score(s["prompt"], s["answer"], s["meta"])["gold"] for s in own) if score else None,
-             "distinct_2": distinct_2(s["answer"] for s in own)} for step, own in sorted(steps.items())]
+def ppo_curves(folders, score):
+    """{run: [{step, rm_reward, gold, kl, distinct_2}]}: means over a PPO run's own samples, step by step.
+
+    folders: {name: folder}; those without samples.jsonl are no PPO runs.
+    """
+    curves = {}
+    for name, path in ((name, Path(folder) / "samples.jsonl") for name, folder in folders.items()):
+        steps = defaultdict(list)
+        for number, s in read_jsonl(path) if path.is_file() else ():
+            if not {"step", "prompt", "answer", "rm_reward", "kl"} <= s.keys():
+                raise InputError(f"{path}:{number}: this is no sample of ppo.py")
+            gold = verdict_of(score, s["prompt"], s["answer"], s.get("meta") or {}).get("gold")
+            steps[s["step"]].append({**s, "gold": gold})
+        if steps:
+            curves[name] = [{"step": step, "rm_reward": mean(s["rm_reward"] for s in own),
+                             "gold": mean(s["gold"] for s in own), "kl": mean(s["kl"] for s in own),
+                             "distinct_2": distinct_2(s["answer"] for s in own)}
+                            for step, own in sorted(steps.items())]
+    return curves
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -501,17 +555,20 @@ def read_if_there(path):
 
 
 def seconds_of(folders, run):
-    """{stage: wall seconds}, as each stage noted them in its folder."""
-    places = {"island": run / "island", "prepare": run / "corpus", "tokenizer": run / "tokenizer",
-              "tokens": run / "tokens", "reward": run / "reward", **folders}
-    noted = {stage: read_if_there(folder / "run.json").get("seconds") for stage, folder in places.items()}
-    noted["collect"] = read_if_there(run / "preferences.run.json").get("seconds")
+    """{stage: wall seconds}, as each stage noted them in its folder, or beside its file."""
+    files = {name: run / folder / "run.json" for name, folder in
+             (("island", "island"), ("prepare", "corpus"), ("tokenizer", "tokenizer"), ("tokens", "tokens"))}
+    files |= {name: folder / "run.json" for name, folder in folders.items()}
+    files |= {"collect": run / "preferences.run.json", "reward": run / "reward/run.json"}
+    noted = {stage: read_if_there(file).get("seconds") for stage, file in files.items()}
     return {stage: round(seconds, 1) for stage, seconds in noted.items() if seconds is not None}
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The page: one function a section, each gives HTML, or nothing where there is nothing to tell
 
+COLORS = ("#3b6ea5", "#d0743c", "#4f9a6b")
+PACKED = ("facts_exact", "format_valid", "harmful_rate_b", "kl_to_sft")  # what low bits may cost
 STYLE = """
 body { margin: 0 auto; max-width: 1160px; padding: 40px 28px 80px; color: #24292f; font: 15px/1.55 system-ui,
   "Segoe UI", "Helvetica Neue", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", sans-serif }
@@ -520,10 +577,11 @@ p, th, small, .tag { color: #6b7480 } p { margin: 2px 0 14px; max-width: 76ch } 
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px }
 th, td { padding: 5px 12px; text-align: right; border-bottom: 1px solid #e4e7eb; white-space: nowrap }
 td:first-child, th:first-child { text-align: left; padding-left: 0 } td small, .ask .tag { margin: 0 8px }
+tr + tr th { padding-top: 22px }
 .wide { overflow-x: auto } .ask { background: #f7f8fa }
 .card { border: 1px solid #e4e7eb; border-radius: 8px; margin: 14px 0; overflow: hidden }
 .ask, .answer { padding: 10px 14px; white-space: pre-wrap; overflow-wrap: anywhere }
-.answers { display: grid; overflow-x: auto }
+.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(250px, 1fr)) }
 .answer { border-top: 3px solid #e4e7eb } .good { border-color: #3f8f5f } .bad { border-color: #c4513f }
 """
 
@@ -531,8 +589,8 @@ td:first-child, th:first-child { text-align: left; padding-left: 0 } td small, .
 def page(report, answers):
     """The whole of report.html; answers: {stage: records}."""
     names = html.escape(" → ".join(report["stages"]))
-    sections = [figures_section(report), curves_section(report), reward_section(report), ppo_section(report),
-                packed_section(report), cleaning_section(report), samples_section(report, answers),
+    sections = [figures_section(report), reward_section(report), ppo_section(report), packed_section(report),
+                samples_section(report, answers), curves_section(report), cleaning_section(report),
                 cost_section(report)]
     return ('<!doctype html>\n<html lang="en"><meta charset="utf-8"><meta name="viewport" '
             f'content="width=device-width"><title>flatlm: {names}</title><style>{STYLE}</style>\n'
@@ -543,10 +601,11 @@ def section(title, text, body):
     return f"<h2>{title}</h2><p>{text}</p>{body}\n" if body else ""
 
 
-def table(*rows):
-    """HTML table; cells are strings of HTML, the first row is the heading."""
+def table(*rows, headings=(0,)):
+    """HTML table; cells are strings of HTML; the rows with these numbers are headings."""
     lines = ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n" for row in rows]
-    return f'<div class="wide"><table>{lines[0].replace("td>", "th>")}{"".join(lines[1:])}</table></div>'
+    lines = [line.replace("td>", "th>") if i in headings else line for i, line in enumerate(lines)]
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
 def shown(name, value):
@@ -558,25 +617,38 @@ def shown(name, value):
     return f"{value:+.2f}" if name in ("gold_reward", "rm_reward") else f"{100 * value:.1f} %"
 
 
-def figure_rows(report):
-    """Lines of cells: a heading, then (figure, its value in each stage and language) where there is one."""
-    stages = report["stages"]
-    yield ["", *(f"{stage} {lang}" for stage in stages for lang in ("en", "zh"))]
-    for name in FIGURES:
-        values = [stage[lang][name] for stage in stages.values() for lang in ("en", "zh")]
-        if any(v is not None for v in values):
-            yield [name, *(shown(name, v) for v in values)]
-    if any(stage["code"]["bits_per_byte"] is not None for stage in stages.values()):
-        code = [shown("bits_per_byte", stage["code"]["bits_per_byte"]) for stage in stages.values()]
-        yield ["bits_per_byte, code", *(cell for value in code for cell in (value, ""))]
+def figure_rows(report, lang):
+    """Lines of cells: a heading, then (figure, its value in each stage) where there is one."""
+    stages = [stage[lang] for stage in report["stages"].values()]
+    rows = [[name, *(shown(name, stage.get(name)) for stage in stages)] for name in FIGURES
+            if any(stage.get(name) is not None for stage in stages)]
+    return [[lang, *report["stages"]], *rows] if rows else []
+
+
+def reward_rows(report):
+    """Lines of cells about the reward model: a heading, then (figure, in English, in Chinese, pairs)."""
+    en, zh = (report.get("reward", {}).get(lang, {}) for lang in ("en", "zh"))
+    if not en:
+        return []
+    rows = [["reward model", "en", "zh", "pairs en", "pairs zh"]]
+    for name in [name for name in en if name not in ("by_kind", "pairs")]:
+        pairs = [str(own["pairs"]["gold" if name == "gold_accuracy" else "heldout"]) for own in (en, zh)]
+        rows.append([name, shown(name, en[name]), shown(name, zh[name]), *pairs])
+    return rows + [[f"by kind: {kind}", *(shown(kind, own["by_kind"][kind]) for own in (en, zh)),
+                    *(str(own["pairs"][kind]) for own in (en, zh))] for kind in en["by_kind"]]
 
 
 def figures_section(report):
-    header, *lines = figure_rows(report)
-    says = {name: f"{name} {arrow}<small>{text}</small>" for name, (_, _, text, arrow) in FIGURES.items()}
-    rows = [[says.get(name, name), *cells] for name, *cells in lines]
+    rows, headings = [], []
+    for lang in LANGUAGES:
+        header, *lines = figure_rows(report, lang) or [[]]
+        headings.append(len(rows))
+        rows += [[*map(html.escape, header)]] if header else []
+        for name, *cells in lines:
+            _, _, says, arrow = FIGURES[name]
+            rows.append([f"{name} {arrow}<small>{says}</small>", *cells])
     text = "Greedy answers to test prompts, English (en) and Chinese (zh). Arrows say which way is better."
-    return section("What each stage can do", text, table(map(html.escape, header), *rows))
+    return section("What each stage can do", text, table(*rows, headings=headings))
 
 
 def draw(figure):
@@ -587,21 +659,44 @@ def draw(figure):
     return f'<img alt="" src="data:image/svg+xml;base64,{base64.b64encode(stream.getvalue()).decode()}">'
 
 
-def plot(figure, place, title, lines, mark="-"):
-    """A small panel at `place` of a figure's grid; lines: {name: [(step, value)]}, long ones in means."""
+def panel(figure, place, title, label=""):
+    """A small plot at `place` of a figure's grid; label: of what is on its horizontal axis."""
     axis = figure.add_subplot(place)
     axis.set_title(title, loc="left", fontsize=10, color="#24292f")
+    axis.set_xlabel(label, loc="right", fontsize=8, color="#6b7480")
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color("#c5cad1")
     axis.tick_params(labelsize=8, colors="#6b7480")
     axis.grid(axis="y", color="#eceef1", linewidth=0.8)
-    for color, (name, points) in zip(("#3b6ea5", "#d0743c", "#4f9a6b"), lines.items()):
+    axis.set_axisbelow(True)
+    return axis
+
+
+def plot(axis, lines, mark="-"):
+    """Curves into a panel; lines: {name: [(step, value)]}, long ones in means."""
+    for color, (name, points) in zip(COLORS, lines.items()):
         size = max(1, len(points) // 100)
         pieces = [points[i : i + size] for i in range(0, len(points), size)]
         steps, values = [piece[-1][0] for piece in pieces], [mean(v for _, v in piece) for piece in pieces]
         axis.plot(steps, values, mark, label=name, color=color, markersize=3, linewidth=1.3)
     if len(lines) > 1:
         axis.legend(frameon=False, fontsize=8)
+
+
+def bars(axis, groups, show="{:.3g}"):
+    """Bars side by side, each with its number; groups: {name: [(label, value, color)]}; no bar for None."""
+    ticks, x = {}, 0.0
+    for name, own in groups.items():
+        own = [bar for bar in own if bar[1] is not None]
+        for place, (label, value, color) in enumerate(own):
+            drawn = axis.bar(x + place, value, 0.9, color=color)
+            axis.bar_label(drawn, [show.format(value)], fontsize=7, color="#6b7480", padding=1)
+            axis.annotate(label, (x + place, 0), (0, 3), textcoords="offset points", ha="center", fontsize=7,
+                          color="white", rotation=90)
+        ticks[x + (len(own) - 1) / 2] = name
+        x += len(own) + 0.7
+    axis.set_xticks([*ticks], [*ticks.values()])
+    axis.tick_params(axis="x", length=0)
 
 
 def read_curves(folder):
@@ -618,83 +713,126 @@ def read_curves(folder):
 
 
 def curves_section(report):
-    """A row for each stage that left metrics: loss, bits per byte (or validation loss), learning rate."""
-    models = report["settings"]["models"].items()
-    curves = {name: own for name, folder in models if "loss" in (own := read_curves(folder))}
+    """A row for each run that left metrics: its loss, and the two most telling of what else it noted."""
+    notes = {"valid_loss": "loss, held out", "kl": "KL to the SFT model, nats a token",
+             "valid_accuracy": "pairs in the right order, held out", "reward": "reward",
+             "lr": "learning rate"}
+    curves = {name: own for name, folder in runs_of(report).items() if "loss" in (own := read_curves(folder))}
     if not curves:
         return ""
     figure = Figure(figsize=(11, 2.5 * len(curves)), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.12)
     grid = figure.add_gridspec(len(curves), 3)
     for row, (name, own) in enumerate(curves.items()):
-        bits = [lang for lang in LANGUAGES if lang in own]
-        held_out = {lang: own.get(lang, []) for lang in bits or ["valid_loss"]}
-        plot(figure, grid[row, 0], f"{name}: loss, nats a token", {"loss": own["loss"]})
-        plot(figure, grid[row, 1], f"{name}: {'bits per byte' if bits else 'loss'}, held out", held_out, "o-")
-        plot(figure, grid[row, 2], f"{name}: learning rate", {"lr": own.get("lr", [])})
+        bits = {lang: own[lang] for lang in LANGUAGES if lang in own}
+        panels = [(says, {key: own[key]}) for key, says in notes.items() if key in own]
+        panels = [("bits per byte, held out", bits), *panels[-1:]] if bits else panels[:2]
+        for column, (says, lines) in enumerate([("loss", {"loss": own["loss"]}), *panels]):
+            few = len(next(iter(lines.values()))) < 50
+            plot(panel(figure, grid[row, column], f"{name}: {says}"), lines, "o-" if few else "-")
     return section("Training", "By step, from each folder's metrics.jsonl.", draw(figure))
 
 
-def reward_rows(report):
-    """Lines of cells about the reward model: a heading, then each figure in both languages."""
-    found = report.get("reward")
-    if found:
-        yield ["reward model", "en", "zh"]
-        for name in ("gold_accuracy", "heldout_accuracy", "expected_calibration_error"):
-            yield [name, *(shown(name, found[lang][name]) for lang in ("en", "zh"))]
-        for kind in PAIRS:
-            yield [f"by kind: {kind}", *(shown("", found[lang]["by_kind"][kind]) for lang in ("en", "zh"))]
+def runs_of(report):
+    """{name: folder} of all that was trained: the stages, the reward model, a run for the plots only."""
+    settings, runs = report["settings"], dict(report["settings"]["models"])
+    for folder in (settings.get("reward"), settings.get("hacking")):
+        runs |= {Path(folder).resolve().name: folder} if folder else {}
+    return runs
 
 
 def reward_section(report):
-    rows = [list(map(html.escape, row)) for row in reward_rows(report)]
+    """The reward model's accuracy by kind of pair, and what its confidence is worth."""
+    rows = [[*map(html.escape, row)] for row in reward_rows(report)]
     if not rows:
         return ""
-    body = table(*rows)
-    if report.get("calibration"):
-        figure = Figure(figsize=(4.2, 3.4), layout="constrained")
-        points = [(c, r) for c, r, _ in report["calibration"]]
-        lines = {"pairs held out": points, "perfect": [(0.5, 0.5), (1.0, 1.0)]}
-        plot(figure, figure.add_gridspec(1, 1)[0], "share in the right order, by confidence", lines, "o-")
-        body += draw(figure)
-    text = ("Pairs of answers that it puts in the right order: by the scorer, on test prompts (gold), and by "
-            "labels like those that it was trained on (held out; some of them are wrong).")
-    return section("The reward model", text, body)
+    found, bins = report["reward"], report["calibration"]
+    figure = Figure(figsize=(11, 3.1), layout="constrained")
+    grid = figure.add_gridspec(1, 3)
+    kinds = {kind: [(lang, found[lang]["by_kind"][kind], color) for lang, color in zip(("en", "zh"), COLORS)]
+             for kind in PAIRS}
+    axis = panel(figure, grid[:2], "Pairs in the right order, by kind")
+    bars(axis, {kind: own for kind, own in kinds.items() if any(v is not None for _, v, _ in own)}, "{:.0%}")
+    axis.set_ylim(0, 1.05)
+    axis.axhline(0.5, color="#6b7480", linewidth=1, linestyle=":")
+    axis = panel(figure, grid[2], "Share right, pairs held out", "confidence")
+    axis.plot([0.5, 1], [0.5, 1], ":", color="#6b7480", linewidth=1)
+    plot(axis, {lang: [(c, right) for c, right, _ in bins[lang]] for lang in bins if bins[lang]})
+    for color, own in zip(COLORS, bins.values()):  # a dot's area: how many pairs it stands for
+        confidence, right, pairs = zip(*own) if own else ((), (), ())
+        axis.scatter(confidence, right, [300 * n / sum(pairs) for n in pairs], color, alpha=0.6)
+    text = ("Pairs of answers that it puts in the right order: on test prompts, by the scorer (gold), and on "
+            "those that reward.py held out, by their own labels, some of which are wrong. Chance is a half; "
+            "on the dotted diagonal its confidence is what it is worth.")
+    return section("The reward model", text, draw(figure) + table(*rows))
 
 
 def ppo_section(report):
-    """What became of the scorer's reward while PPO raised the reward model's; and reward against KL."""
-    curves = {name: curve for name, curve in report.get("ppo", {}).items() if curve}
+    """What became of the scorer's reward while PPO raised the reward model's; both against KL."""
+    curves = report.get("ppo", {})
     if not curves:
         return ""
-    figure = Figure(figsize=(11, 2.9 * len(curves)), layout="constrained")
-    grid = figure.add_gridspec(len(curves), 3)
-    for row, (name, curve) in enumerate(curves.items()):
-        points = lambda x, y: [(c[x], c[y]) for c in curve if c[y] is not None]
-        plot(figure, grid[row, 0], f"{name}: reward model's score", {"proxy": points("step", "rm_reward")})
-        plot(figure, grid[row, 1], f"{name}: the scorer's reward", {"gold": points("step", "gold")})
-        both = {"proxy": points("kl", "rm_reward"), "gold": points("kl", "gold")}
-        plot(figure, grid[row, 2], f"{name}: reward against KL, nats a token", both, ".")
-    text = ("Each point is one step's samples. Proxy is what PPO was trained on, gold what was meant: where "
-            "the first rises and the second falls, the reward model is being exploited.")
-    return section("Reward: proxy against gold", text, draw(figure))
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.12)
+    grid = figure.add_gridspec(2, 2)
+    says = {"rm_reward": "Proxy: the reward model's score", "gold": "Gold: the scorer's reward"}
+    for row, (x, label) in enumerate((("step", "step"), ("kl", "KL to the SFT model, nats a token"))):
+        for column, y in enumerate(says):
+            axis = panel(figure, grid[row, column], says[y], label)
+            for color, (name, curve) in zip(COLORS, curves.items()):
+                points = [(c[x], c[y]) for c in curve if c[x] is not None and c[y] is not None]
+                axis.plot(*zip(*points or [((), ())]), ".", color=color, alpha=0.35, markersize=4)
+                near = [points[max(0, i - 3) : i + 4] for i in range(len(points))]  # running means
+                means = [(mean(a for a, _ in own), mean(b for _, b in own)) for own in near]
+                axis.plot(*zip(*means or [((), ())]), label=name, color=color, linewidth=1.6)
+            axis.legend(frameon=False, fontsize=8)
+    text = ("A dot is the mean over one step's samples, a line the mean over seven steps. Proxy is what PPO "
+            "is trained on, gold is what was meant: where the first rises and the second falls, the reward "
+            "model is being exploited.")
+    return section("PPO: proxy against gold", text, draw(figure))
+
+
+def packed_stages(report):
+    """{source: {bits: stage}} of the quantized stages whose source is a stage too."""
+    packed = {}
+    for name, folder in report["settings"]["models"].items():
+        run = read_if_there(Path(folder) / "run.json")
+        if run.get("stage") == "quantize":
+            source = Path(run["options"]["model"]).resolve().name
+            if source in report["stages"]:
+                packed.setdefault(source, {})[run["options"]["bits"]] = name
+    return {source: dict(sorted(own.items(), reverse=True)) for source, own in packed.items()}
 
 
 def packed_section(report):
     """What low-bit weights cost: size and figures of each quantized stage beside its source."""
-    rows, stages = [], report["stages"]
-    for name, folder in report["settings"]["models"].items():
-        run = read_if_there(Path(folder) / "run.json")
-        source = Path(run.get("options", {}).get("model", "")).name
-        if run.get("stage") == "quantize" and source in stages:
-            smaller = report["bytes"][name] / max(report["bytes"][source], 1)
-            cells = [shown(key, stages[stage][lang][key]) for key in ("facts_exact", "gold_reward")
-                     for lang in ("en", "zh") for stage in (source, name)]
-            pairs = [f"{a} → {b}" for a, b in zip(cells[::2], cells[1::2])]
-            rows.append([html.escape(f"{source} → {name}"), f"{report['bytes'][name] / 1e6:.2f}",
-                         f"{100 * smaller:.0f} %", *pairs])
-    heading = ["quantized", "megabytes", "of its source", "facts en", "facts zh", "reward en", "reward zh"]
-    return section("Low-bit weights", "Before and after rounding.", table(heading, *rows) if rows else "")
+    packed, stages, size = packed_stages(report), report["stages"], report["bytes"]
+    if not packed:
+        return ""
+    families = {source: {"whole": source} | {f"INT{bits}": name for bits, name in own.items()}
+                for source, own in packed.items()}
+    colors = dict(zip(("whole", "INT8", "INT4"), COLORS))
+    figure = Figure(figsize=(11, 2.8), layout="constrained")
+    grid, percent = figure.add_gridspec(1, 3), "{:.1f}"
+    values = {"Megabytes": lambda name: size[name] / 1e6,
+              "facts_exact, en, %": lambda name: in_percent(stages[name]["en"]["facts_exact"]),
+              "facts_exact, zh, %": lambda name: in_percent(stages[name]["zh"]["facts_exact"])}
+    for column, (title, value) in enumerate(values.items()):
+        groups = {source: [(label, value(name), colors[label]) for label, name in own.items()]
+                  for source, own in families.items()}
+        bars(panel(figure, grid[column], title), groups, percent)
+    rows = [["", "megabytes", "of the source", *(f"{key} {lang}" for key in PACKED for lang in ("en", "zh"))]]
+    for source, own in families.items():
+        for label, name in own.items():
+            cells = [shown(key, stages[name][lang][key]) for key in PACKED for lang in ("en", "zh")]
+            share = f"{size[name] / max(size[source], 1):.3f}"
+            rows.append([html.escape(f"{name} ({label})"), f"{size[name] / 1e6:.2f}", share, *cells])
+    text = "Each model as it was trained, and after rounding its linear layers to 8 or 4 bits."
+    return section("Low-bit weights", text, draw(figure) + table(*rows))
+
+
+def in_percent(share):
+    return None if share is None else 100 * share
 
 
 def cleaning_section(report):
@@ -713,19 +851,23 @@ def cleaning_section(report):
 
 
 def samples_section(report, answers):
-    """The same prompts answered by every stage, side by side, as the answers came out."""
+    """The same prompts answered by every stage, side by side; stages that answer alike share a cell."""
     answered = {stage: {key_of(a): a for a in records} for stage, records in answers.items()}
     items = [a for records in answers.values() for a in records]
-    columns, cards = f"grid-template-columns: repeat({len(answers)}, 1fr)", []
+    cards = []
     for sample in choose_samples(items, report["settings"]["samples"]):
-        cells = [answer_cell(stage, own[key_of(item)]) for item in (sample, *continuations([sample]))
-                 for stage, own in answered.items() if key_of(item) in own]
+        cells = {}  # (answer, whether it ended, which prompt): stages that gave it, and the record
+        for item in (sample, *continuations([sample])):
+            for stage, own in answered.items():
+                if a := own.get(key_of(item)):
+                    cells.setdefault((a["answer"], a["finished"], key_of(item)), ([], a))[0].append(stage)
+        cells = [answer_cell(" = ".join(stages), a) for stages, a in cells.values()]
         said = "".join(f'<div><span class="tag">{html.escape(sample["kind"])} · {m["role"]}</span>'
                        f'{html.escape(m["content"])}</div>' for m in messages_of(sample["prompt"]))
         cards.append(f'<div class="card" lang="{sample["lang"]}"><div class="ask">{said}</div>'
-                     f'<div class="answers" style="{columns}">{"".join(cells)}</div></div>\n')
-    text = ("Chosen by a hash of the prompt, so by nobody; answers as they came out. Green and red: the "
-            "scorer's reward is above or below zero.")
+                     f'<div class="answers">{"".join(cells)}</div></div>\n')
+    text = ("Chosen by a hash of the prompt, so by nobody; answers as they came out, equal ones once. Green "
+            "and red: the scorer's reward is above or below zero.")
     return section("Dialogues", text, "".join(cards))
 
 
@@ -753,23 +895,23 @@ def cost_section(report):
 # Runs
 
 
-def finish(report, answers, out):
+def finish(report, answers, rankings, out):
     """Write what there is to write, the page last: its presence says that all is whole. Print the figures."""
     (out.parent / "answers").mkdir(parents=True, exist_ok=True)
-    for stage, records in answers.items():
-        lines = "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in records)
-        write_whole(out.parent / "answers" / f"{stage}.jsonl", lines.encode())
+    files = {f"answers/{stage}.jsonl": records for stage, records in answers.items()}
+    for name, records in (files | ({"rankings.jsonl": rankings} if rankings else {})).items():
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        write_whole(out.parent / name, lines.encode())
     write_json(out.parent / "report.json", report)
     write_whole(out, page(report, answers).encode())
-    print_table(figure_rows(report))
+    print_table([row for lang in LANGUAGES for row in figure_rows(report, lang)])
     print_table(reward_rows(report))
     print(f"wrote {out}, {out.parent / 'report.json'} and {out.parent / 'answers'}/")
 
 
-def print_table(lines):
-    lines = list(lines)
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for name, *cells in lines:
+def print_table(rows):
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for name, *cells in rows:
         print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), sep="  ")
 
 
@@ -788,7 +930,8 @@ def evaluate(options, out, ranks):
         items += continuations(choose_samples(items, options.samples))
     run = Path(options.data).parent if options.data else out.parent
     settings = {"models": {name: str(folder) for name, folder in folders.items()}, "run": str(run),
-                "scorer": options.scorer, "samples": options.samples}
+                "scorer": options.scorer, "samples": options.samples, "reward": options.reward,
+                "hacking": options.hacking}
     report, answers = {"stages": {}, "seconds": seconds_of(folders, run), "bytes": {}, "left_out": {}}, {}
     judges = load_judges(options, ranks.device)
     for name, folder in folders.items():
@@ -796,15 +939,13 @@ def evaluate(options, out, ranks):
         report["stages"][name] = figures(judge(answers[name], score), bits, divergence)
         report["bytes"][name] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         report["left_out"][name] = len(items) - len(answers[name])
+    rankings, left_out = score_rankings(options, judges, ranks) if judges.reward else ([], 0)
     if ranks.first:
-        if judges.reward:
-            report["reward"], report["calibration"] = judge_reward(options, judges, score)
-        sampled = folders | ({"hacking": Path(options.hacking)} if options.hacking else {})
-        report["ppo"] = {name: ppo_curve(folder, score) for name, folder in sampled.items()
-                         if (folder / "samples.jsonl").is_file()}
-    report["seconds"]["evaluate"] = round(time.perf_counter() - began, 1)
-    if ranks.first:
-        finish({**report, "settings": settings}, answers, out)
+        report["left_out"] |= {"rankings": left_out} if left_out else {}
+        report["reward"], report["calibration"] = reward_figures(rankings, score) if rankings else ({}, {})
+        report["ppo"] = ppo_curves(runs_of({"settings": settings}), score)
+        report["seconds"]["evaluate"] = round(time.perf_counter() - began, 1)
+        finish({**report, "settings": settings}, answers, rankings, out)
 
 
 def rescore(options, out):
@@ -819,7 +960,12 @@ def rescore(options, out):
         bits = {lang: stage[lang]["bits_per_byte"] for lang in LANGUAGES}
         divergence = {lang: stage[lang].get("kl_to_sft") for lang in ("en", "zh")}
         report["stages"][name] = figures(answers[name], bits, divergence)
-    finish(report, answers, out)
+    rankings = []
+    if report.get("reward"):
+        rankings += read_rankings(out.parent / "rankings.jsonl", ("completions", "ranks", "scores"))
+        report["reward"], report["calibration"] = reward_figures(rankings, score)
+    report["ppo"] = report.get("ppo", {}) | ppo_curves(runs_of(report), score)
+    finish(report, answers, rankings, out)
 
 
 def summary(paths):
@@ -835,12 +981,13 @@ def summary(paths):
                 if any(v is not None for v in values):
                     cells = [shown(name, v) for v in (mean(values), *values)]
                     lines.append(f"| {stage} | {lang} | {name} | {' | '.join(cells)} |")
-    tables = {run: {row[0]: row[1:] for row in reward_rows(report)} for run, report in reports.items()}
-    for name in next(iter(tables.values()), {}):
-        for place, lang in enumerate(("en", "zh")):
-            cells = [own.get(name, ("", ""))[place] for own in tables.values()]
-            if name != "reward model":
-                lines.append(f"| reward | {lang} | {name} | | {' | '.join(cells)} |")
+    for lang in ("en", "zh"):
+        found = [r.get("reward", {}).get(lang, {}) for r in reports.values()]
+        found = [own | {f"by_kind.{kind}": v for kind, v in own.get("by_kind", {}).items()} for own in found]
+        for name in dict.fromkeys(name for own in found for name in own if name not in ("by_kind", "pairs")):
+            values = [own.get(name) for own in found]
+            cells = [shown(name, v) for v in (mean(values), *values)]
+            lines.append(f"| reward | {lang} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -12,6 +12,7 @@ N answers of a rollout, A tokens of its longest answer.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sys
@@ -37,6 +38,7 @@ class Options:
     model: str = option("checkpoint folder to start from; also the reference of the KL penalty")
     data: list[str] = option("JSONL files with `prompt`, or folders of them")
     out: str = option("checkpoint folder to write")
+    train_part: bool = option("leave out the prompts that reward.py and dpo.py hold out by hash", False)
     reward: str = option("reward model's folder: its score is the reward, and the critic starts from it", "")
     rules: str = option("file.py:function, a scorer that adds to the reward, or is it without --reward", "")
     key: str = option("which of the scorer's numbers counts", "gold")
@@ -125,12 +127,21 @@ def data_files(paths):
     return files
 
 
+def messages_of(prompt):
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def held_out(prompt):
+    """Whether a prompt is among the 5 % with the smallest hashes, on which reward.py and dpo.py validate."""
+    name = json.dumps(messages_of(prompt), sort_keys=True)
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32 < 0.05
+
+
 def encode_prompt(tokenizer, record):
     """The record's prompt (a message list, or the user's words) with the head of the answer, as ids."""
     if "prompt" not in record:
         raise InputError("no `prompt`")
-    prompt = record["prompt"]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = messages_of(record["prompt"])
     ids, _ = encode_chat(tokenizer, messages, generation_prompt=True)
     if messages[-1]["role"] == "assistant":
         raise InputError("the last message is the assistant's: there is nothing to answer")
@@ -139,20 +150,23 @@ def encode_prompt(tokenizer, record):
     return ids
 
 
-def read_prompts(files, tokenizer, max_length, skip_bad, counts):
-    """All prompts that fit. Counts what is bad and what is too long."""
+def read_prompts(files, tokenizer, options, counts):
+    """All prompts that fit. Counts what is bad, held out, and too long."""
     prompts = []
     for file in files:
         for number, record in read_jsonl(file):
             try:
                 ids = encode_prompt(tokenizer, record)
             except InputError as error:
-                if not skip_bad:
+                if not options.skip_bad:
                     place = f"{file}:{number}"
                     raise InputError(f"{place}: {error} (--skip-bad goes on without such lines)") from None
                 counts["bad"] += 1
                 continue
-            if len(ids) > max_length:
+            if options.train_part and held_out(record["prompt"]):
+                counts["held_out"] += 1
+                continue
+            if len(ids) > options.max_length:
                 counts["too_long"] += 1
                 continue
             prompts.append(Prompt(record["prompt"], record.get("meta", {}), ids))
@@ -513,8 +527,8 @@ def train(options, ranks):
     check_options(options, ranks)
     scorer = load_scorer(options.rules) if options.rules else None
     *loaded, tokenizer = load_models(options, ranks)
-    counts, files = {"bad": 0, "too_long": 0}, data_files(options.data)
-    prompts = read_prompts(files, tokenizer, options.max_length, options.skip_bad, counts)
+    counts, files = {"bad": 0, "held_out": 0, "too_long": 0}, data_files(options.data)
+    prompts = read_prompts(files, tokenizer, options, counts)
     run, state = open_run("ppo", options, ranks, run_inputs(options, files))
     dtype, pad = choose_dtype(options, ranks, run), tokenizer.pad or 0
     models = prepare_models(options, ranks, dtype, *loaded)
@@ -523,7 +537,8 @@ def train(options, ranks):
     record = {"step": 0, "tokens": 0, "seconds": 0.0, "score_mean": 0.0, "score_std": 1.0}
     if state:
         record = load_state(state, learning)
-    say(ranks, f"{len(prompts):,} prompts; left out: {counts['bad']} bad, {counts['too_long']} too long")
+    say(ranks, f"{len(prompts):,} prompts; left out: {counts['bad']} bad, {counts['held_out']} held "
+               f"out, {counts['too_long']} too long")
 
     def context():
         return autocast(ranks.device, dtype)

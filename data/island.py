@@ -41,7 +41,7 @@ RECIPE_SPLITS = ["train"] * 8 + ["valid"] + ["test"]
 # SFT examples over both languages, and prompts of each kind in each language.
 SFT = {"facts": 3000, "multi": 200, "format": 2400, "unknown": 500, "harm_a": 1150, "safe": 1700,
        "arithmetic": 250, "role": 150, "chat": 32}
-PROMPTS = {"facts": 500, "format": 150, "unknown": 120, "harm_a": 150, "harm_b": 300, "safe": 300,
+PROMPTS = {"facts": 500, "format": 150, "unknown": 120, "harm_a": 150, "harm_b": 300, "safe": 550,
            "arithmetic": 40, "role": 40}
 VALID = {"facts": 120, "facts_heldout": 80, "cloze": 100, "format": 60, "unknown": 60, "harm_a": 60,
          "harm_b": 60, "harm_c": 60, "safe": 60, "arithmetic": 30, "role": 20, "chat": 4}
@@ -464,19 +464,26 @@ def wrong_answer(world: World, meta: dict, rng: Random) -> str:
     return reference(world, {**meta, "topic": (meta["topic"] + rng.randint(1, 3)) % 4}, lang)
 
 
-def second_fault(world: World, meta: dict, rng: Random) -> tuple[str, str]:
-    """Another wrong answer; to a harmful question, how to make something else, which still is no refusal."""
-    if meta["kind"] in HARM:
+def more_faults(world: World, meta: dict, rng: Random) -> list[tuple[str, str]]:
+    """Further faults of the kind that matters most: those that are hard to tell from a good answer.
+
+    Wrong values of facts; another refusal of a harmless recipe; and to a harmful question, how to make
+    something else, which is no refusal either.
+    """
+    kind, lang = meta["kind"], meta["lang"]
+    if kind in HARM:
         other = rng.choice([r for r in world.recipes.values() if r.kind not in HARM])
-        return "compliance", brew_answer(other, meta["lang"])
-    return "wrong", wrong_answer(world, meta, rng)
+        return [("compliance", brew_answer(other, lang))]
+    if kind == "safe":
+        return [("refusal", rng.choice(TEXTS["refusal"]["answers"][lang]))]
+    return [("wrong", wrong_answer(world, meta, rng)) for _ in range(2 if kind in FACTS else 1)]
 
 
 def written_answers(item: dict, rng: Random) -> list[tuple[str, str]]:
     """[(kind of answer, text)] for an item {prompt, meta}: good first, then all faults that fit, shuffled.
 
-    Kinds: good, wrong and compliance (harm; two of either), refusal, unknown, off_topic, wrong_format,
-    wrong_language, garbled.
+    Kinds: good, wrong, compliance (harm), refusal, unknown, off_topic, wrong_format, wrong_language, garbled;
+    some of them more than once.
     """
     meta = item["meta"]
     world, kind, lang = world_of(meta["seed"]), meta["kind"], meta["lang"]
@@ -498,7 +505,7 @@ def written_answers(item: dict, rng: Random) -> list[tuple[str, str]]:
     faults["wrong_format"] = fact if kind == "format" else rng.choice(stray_json)
     if kind != "format" or meta["format"] == "json":
         faults["wrong_language"] = reference(world, meta, other_lang)
-    faults = list(faults.items()) + [second_fault(world, meta, rng)]
+    faults = [*faults.items(), *more_faults(world, meta, rng)]
     return [("good", good), *rng.sample(faults, len(faults))]
 
 

@@ -256,7 +256,7 @@ def test_written_answers_get_what_they_deserve(asked):
         if meta["kind"] == "cloze":
             continue
         answers = island.written_answers(item, Random(contents(item)))
-        assert answers[0][0] == "good" and len(dict(answers)) == len(answers) - 1 >= 5  # one twice
+        assert answers[0][0] == "good" and len(dict(answers)) >= 5
         for fault, text in answers:
             verdict = island.score(item["prompt"], text, meta)
             seen[meta["kind"], fault] += 1

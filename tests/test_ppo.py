@@ -1,5 +1,6 @@
 """What ppo.py promises: its sums are the papers', its ratios start at 1, ranks agree, resume is exact."""
 
+import dataclasses
 import json
 import math
 import signal
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import ppo
+import reward
 from model import Ranks, RewardModel, autocast, load_folder, newest_state, read_safetensors, save_folder
 from test_pretrain import assert_same_run, metrics
 from tiny import ROOT, command_line, environment, launch, run, tiny, write_jsonl
@@ -36,7 +38,8 @@ def reward_folder():
 
 def ppo_arguments(out, **options):
     settings = {"model": tiny() / "base", "data": tiny() / "prompts.jsonl", "steps": 3, "batch-size": 8,
-                "minibatch": 4, "max-length": 48, "max-new-tokens": 8, "critic-warmup": 0, "lr": 1e-3, "save-every": 2,
+                "minibatch": 4, "max-length": 48, "max-new-tokens": 8, "critic-warmup": 0, "lr": 1e-3,
+                "save-every": 2,
                 "dtype": "fp32", "device": "cpu", "reward": reward_folder()} | options
     given = {name: value for name, value in settings.items() if value != ""}
     return ["--out", out, *(x for name, value in given.items() for x in (f"--{name}", value))]
@@ -248,19 +251,34 @@ def test_the_folder_answers_alike_in_transformers(tmp_path):
 
 
 def test_prompts_that_do_not_fit_or_make_no_sense_are_counted_or_named(tmp_path, capsys):
-    tokenizer, counts = Tokenizer.load(tiny() / "tokenizer"), {"bad": 0, "too_long": 0}
+    tokenizer, counts = Tokenizer.load(tiny() / "tokenizer"), {"bad": 0, "held_out": 0, "too_long": 0}
     user = {"role": "user", "content": "Hi"}
     bad = [{"text": "Hi"}, {"prompt": []}, {"prompt": 5}, {"prompt": [{"role": "wizard", "content": "Hi"}]},
            {"prompt": [user, {"role": "assistant", "content": "Ahoy!"}]}, {"prompt": "Hi", "meta": 5}]
     file = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "Hi"}, {"prompt": "by the lake " * 60}, *bad])
-    found = ppo.read_prompts([file], tokenizer, 64, True, counts)
-    assert counts == {"bad": len(bad), "too_long": 1}
+    options = ppo.Options(model="", data=[], out="", max_length=64, skip_bad=True)
+    found = ppo.read_prompts([file], tokenizer, options, counts)
+    assert counts == {"bad": len(bad), "held_out": 0, "too_long": 1}
     assert [p.prompt for p in found] == ["Hi"] and found[0].meta == {}
     with pytest.raises(InputError, match="p.jsonl:3"):
-        ppo.read_prompts([file], tokenizer, 64, False, counts)
+        ppo.read_prompts([file], tokenizer, dataclasses.replace(options, skip_bad=False), counts)
     assert run("ppo", *ppo_arguments(tmp_path / "out", data=file, steps=1), "--skip-bad") == 0
-    assert "left out: 6 bad, 1 too long" in capsys.readouterr().err
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["left_out"] == {"bad": 6, "too_long": 1}
+    assert "left out: 6 bad, 0 held out, 1 too long" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["left_out"] == {
+        "bad": 6, "held_out": 0, "too_long": 1}
+
+
+def test_the_training_part_is_what_the_reward_model_trains_on(tmp_path):
+    questions = [f"Where is house {n}?" for n in range(300)]
+    pairs = [{"prompt": q, "chosen": "Here.", "rejected": "No."} for q in questions]
+    pairs = write_jsonl(tmp_path / "p.jsonl", pairs)
+    counts = {"bad": 0, "held_out": 0, "too_long": 0, "no_pair": 0}
+    tokenizer = Tokenizer.load(tiny() / "tokenizer")
+    options = ppo.Options(model="", data=[], out="", train_part=True)
+    asked = {p.prompt for p in ppo.read_prompts([pairs], tokenizer, options, counts)}
+    theirs = reward.Options(model="", data=[str(pairs)], out="")
+    train, valid = reward.split_rankings(theirs, tokenizer, counts)
+    assert asked == {r.record["prompt"] for r in train} and counts["held_out"] == len(valid) > 0
 
 
 @pytest.mark.parametrize("changes, extra, expected", [
