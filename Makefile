@@ -44,10 +44,10 @@ PRETRAIN_tiny    = --hidden-size 128 --num-hidden-layers 2 --num-attention-heads
                    --intermediate-size 352 --max-length 128 --batch-size 16 --steps 60 --lr 3e-3
 SFT_tiny         = --max-length 128 --batch-size 16 --epochs 1 --lr 3e-4
 COLLECT_tiny     = --k 4 --limit 200
-REWARD_tiny      = --epochs 1 --batch-size 32 --lr 3e-4
-PPO_tiny         = --steps 3 --batch-size 16 --minibatch 8
-HACKING_tiny     = --steps 3 --batch-size 16 --minibatch 8 --kl 0
-DPO_tiny         = --epochs 1 --batch-size 32 --lr 1e-4
+REWARD_tiny      = --epochs 1 --batch-size 32 --lr 3e-4 --max-length 128
+PPO_tiny         = --steps 3 --batch-size 16 --minibatch 8 --max-length 88
+HACKING_tiny     = --steps 3 --batch-size 16 --minibatch 8 --max-length 88 --kl 0
+DPO_tiny         = --epochs 1 --batch-size 32 --lr 1e-4 --max-length 128
 EVALUATE_tiny    = --limit 20
 
 VOCAB_data       = 8192
@@ -55,10 +55,10 @@ PRETRAIN_data    = --hidden-size 256 --num-hidden-layers 4 --num-attention-heads
                    --intermediate-size 704 --max-length 256 --batch-size 16 --steps 1500 --lr 3e-3
 SFT_data         = --max-length 256 --batch-size 16 --epochs 1 --lr 5e-4
 COLLECT_data     = --k 4 --limit 1000 --max-new-tokens 40
-REWARD_data      = --epochs 1 --batch-size 32 --lr 3e-4 --max-length 384
+REWARD_data      = --epochs 1 --batch-size 32 --micro-batch 32 --lr 3e-4
 PPO_data         = --steps 20 --batch-size 64 --kl 0.05
 HACKING_data     = --steps 40 --batch-size 64 --kl 0
-DPO_data         = --epochs 1 --batch-size 32 --lr 1e-4 --max-length 384
+DPO_data         = --epochs 1 --batch-size 32 --lr 1e-4
 EVALUATE_data    =
 
 VOCAB    = $(VOCAB_$(PRESET))

@@ -290,10 +290,13 @@ def judge(run):
     return evaluate.load_judges(Options(reward=str(run / "reward"), reference=str(run / "sft")), "cpu")
 
 
+ONE = Ranks(0, 1, torch.device("cpu"))
+
+
 def test_a_score_is_read_at_the_last_token_whatever_the_batch(run, judge):
     model, tokenizer = judge.reward
     dialogues = [("Where is the fox?", answer, ended) for answer in ANSWERS for ended in (True, False)]
-    scores = evaluate.reward_scores(judge.reward, dialogues, 3)
+    scores = evaluate.reward_scores(judge.reward, dialogues, Options(batch_size=3), ONE)
     for (prompt, answer, ended), score in zip(dialogues, scores):
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         ids = encode_chat(tokenizer, messages)[0]
@@ -305,28 +308,30 @@ def test_a_score_is_read_at_the_last_token_whatever_the_batch(run, judge):
 def test_kl_is_zero_to_oneself_and_the_sum_over_the_vocabulary_to_another(run):
     items = [i for i in read_prompts([str(run / "prompts.jsonl")]) if i["kind"] == "facts"][:2]
     (model, tokenizer), (other, _) = load_folder(run / "sft"), load_folder(run / "base")
-    options = Options(max_new_tokens=6)
-    assert evaluate.kl_of_samples(model, model, tokenizer, items, set(), options) == 0.0
-    found, total = evaluate.kl_of_samples(model, other, tokenizer, items, set(), options), 0.0
-    asked = sorted((evaluate.encode_prompt(tokenizer, i) for i in items), key=len)
-    for ids, sample in zip(asked, generate(model, asked, 6, set(), temperature=1.0, rows=range(2))):
+    prompts = [evaluate.encode_prompt(tokenizer, i) for i in items]
+    answers = [s.ids for s in generate(model, prompts, 6, set(), temperature=1.0)]
+    assert evaluate.kl_of_tokens(model, model, prompts, answers) == [0.0] * 12
+    found, expected = evaluate.kl_of_tokens(model, other, prompts, answers), []
+    for ids, said in zip(prompts, answers):
         with torch.no_grad():
-            p, q = (m(torch.tensor([ids + sample.ids]))[0, len(ids) - 1 : -1].double().log_softmax(-1)
+            p, q = (m(torch.tensor([ids + said]))[0, len(ids) - 1 : -1].double().log_softmax(-1)
                     for m in (model, other))
-        total += (p.exp() * (p - q)).sum().item()
-    assert found == pytest.approx(total / 12, rel=1e-4) and found > 0.1
+        expected += (p.exp() * (p - q)).sum(-1).tolist()
+    assert found == pytest.approx(expected, rel=1e-3) and min(found) > 0
 
 
 def test_a_reward_model_is_judged_by_the_scorers_order_and_its_own_labels(run, judge):
     options = Options(reward=str(run / "reward"), ranked=[str(run / "ranked.jsonl")])
     score = lambda prompt, answer, meta: {"gold": 1.0, "right_language": float(answer == ANSWERS[0])}
-    found, bins = evaluate.judge_reward(options, judge, score)
+    rankings, left_out = evaluate.score_rankings(options, judge, ONE)
+    found, bins = evaluate.reward_figures(rankings, score)
     assert found["en"]["heldout_accuracy"] == pytest.approx(2 / 3) and found["zh"]["heldout_accuracy"] is None
-    assert sum(n for _, _, n in bins) == 3
+    assert sum(n for _, _, n in bins["en"]) == 3 and left_out == 0
     records = [r for r in read_lines(run / "ranked.jsonl") if r["meta"]["lang"] == "zh"]
     right, language = [], []
     for r in records:
-        own = evaluate.reward_scores(judge.reward, [(r["prompt"], a, True) for a in ANSWERS], 4)
+        asked = [(r["prompt"], a, True) for a in ANSWERS]
+        own = evaluate.reward_scores(judge.reward, asked, Options(), ONE)
         right += [own[i] > own[j] for i, j in ((0, 1), (0, 2), (0, 3), (1, 3), (2, 3))]
         language += [own[0] > own[j] for j in (1, 2, 3)]
     assert found["zh"]["gold_accuracy"] == pytest.approx(sum(right) / len(right))
@@ -346,7 +351,7 @@ def test_the_report_tells_what_alignment_did_and_rescore_keeps_it(run, judge, ca
     assert evaluate.main(command(run, *more, out="aligned/report.html")) == 0
     told = json.loads((run / "aligned/report.json").read_text("utf-8"))
     assert told["reward"]["en"].keys() == {"gold_accuracy", "heldout_accuracy", "by_kind", "pairs",
-                                           "expected_calibration_error"}
+                                           "heldout_length_accuracy", "expected_calibration_error"}
     assert told["stages"]["sft"]["en"]["kl_to_sft"] == 0.0 < told["stages"]["base"]["en"]["kl_to_sft"]
     answers = read_lines(run / "aligned/answers/sft.jsonl")
     own = [a["rm_reward"] for a in answers if a["lang"] == "zh" and a["kind"] != "cloze"]

@@ -48,11 +48,14 @@ def test_make_is_interrupted_continues_and_rebuilds_what_changed(tmp_path):
     folder = Path(shutil.copytree(ROOT, tmp_path / "copy", ignore=unwanted))
     interrupt_make(folder, "run-tiny/base/metrics.jsonl")
     assert json.loads((folder / "run-tiny/base/run.json").read_text())["finished"] is False
-    assert run_make(folder) == ["pretrain", "sft", "evaluate"]
+    ran = run_make(folder)
+    assert ran[:2] == ["pretrain", "sft"] and ran[-1] == "evaluate"
+    assert set(ran[2:-1]) == {"collect", "reward", "ppo", "dpo", "quantize"}
     steps = [json.loads(line)["step"] for line in open(folder / "run-tiny/base/metrics.jsonl")]
     assert steps == sorted(steps) and set(range(1, max(steps) + 1)) == set(steps)
-    stages = json.loads((folder / "run-tiny/report.json").read_text())["stages"]
-    assert set(stages) == {"base", "sft"} and set(stages["sft"]) >= {"en", "zh"}
+    report = json.loads((folder / "run-tiny/report.json").read_text())
+    assert {"base", "sft", "ppo", "dpo", "int4"} <= set(report["stages"]) and len(report["ppo"]["ppo"]) == 3
+    assert report["bytes"]["int4"] <= 0.3 * report["bytes"]["dpo"] and "gold_accuracy" in report["reward"]["zh"]
     assert (folder / "run-tiny/report.html").stat().st_size > 1000
     assert run_make(folder) == []
-    assert run_make(folder, "SFT=--max-length 128 --batch-size 8 --epochs 1") == ["sft", "evaluate"]
+    assert set(run_make(folder, "DPO=--epochs 1 --batch-size 16")) == {"dpo", "quantize", "evaluate"}
