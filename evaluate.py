@@ -568,7 +568,7 @@ def seconds_of(folders, run):
 # The page: one function a section, each gives HTML, or nothing where there is nothing to tell
 
 COLORS = ("#3b6ea5", "#d0743c", "#4f9a6b")
-PACKED = ("facts_exact", "format_valid", "harmful_rate_b", "kl_to_sft")  # what low bits may cost
+PACKED = {"facts_exact": "facts", "format_valid": "format", "harmful_rate_b": "harm B", "kl_to_sft": "KL"}
 STYLE = """
 body { margin: 0 auto; max-width: 1160px; padding: 40px 28px 80px; color: #24292f; font: 15px/1.55 system-ui,
   "Segoe UI", "Helvetica Neue", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", sans-serif }
@@ -775,16 +775,18 @@ def ppo_section(report):
     figure = Figure(figsize=(11, 6), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.12)
     grid = figure.add_gridspec(2, 2)
-    says = {"rm_reward": "Proxy: the reward model's score", "gold": "Gold: the scorer's reward"}
-    for row, (x, label) in enumerate((("step", "step"), ("kl", "KL to the SFT model, nats a token"))):
-        for column, y in enumerate(says):
-            axis = panel(figure, grid[row, column], says[y], label)
-            for color, (name, curve) in zip(COLORS, curves.items()):
-                points = [(c[x], c[y]) for c in curve if c[x] is not None and c[y] is not None]
-                axis.plot(*zip(*points or [((), ())]), ".", color=color, alpha=0.35, markersize=4)
-                near = [points[max(0, i - 3) : i + 4] for i in range(len(points))]  # running means
-                means = [(mean(a for a, _ in own), mean(b for _, b in own)) for own in near]
-                axis.plot(*zip(*means or [((), ())]), label=name, color=color, linewidth=1.6)
+    for column, (y, says) in enumerate((("rm_reward", "Proxy: the reward model's score"),
+                                        ("gold", "Gold: the scorer's reward"))):
+        by_step = panel(figure, grid[0, column], says, "step")
+        by_kl = panel(figure, grid[1, column], f"{says}, against KL", "KL to the SFT model, nats a token")
+        for color, (name, curve) in zip(COLORS, curves.items()):
+            curve = [c for c in curve if None not in (c[y], c["kl"])]
+            steps, kl, values = ([c[key] for c in curve] for key in ("step", "kl", y))
+            means = [mean(values[max(0, i - 3) : i + 4]) for i in range(len(values))]
+            by_step.plot(steps, values, ".", color=color, alpha=0.35, markersize=4)
+            by_step.plot(steps, means, label=name, color=color, linewidth=1.6)
+            by_kl.scatter(kl, values, 14, color, label=name, linewidth=0, alpha=0.7)
+        for axis in (by_step, by_kl):
             axis.legend(frameon=False, fontsize=8)
     text = ("A dot is the mean over one step's samples, a line the mean over seven steps. Proxy is what PPO "
             "is trained on, gold is what was meant: where the first rises and the second falls, the reward "
@@ -792,36 +794,33 @@ def ppo_section(report):
     return section("PPO: proxy against gold", text, draw(figure))
 
 
-def packed_stages(report):
-    """{source: {bits: stage}} of the quantized stages whose source is a stage too."""
-    packed = {}
+def packed_families(report):
+    """{source: {what its weights are: stage}}: the source itself, and the stages quantized from it."""
+    families = {}
     for name, folder in report["settings"]["models"].items():
         run = read_if_there(Path(folder) / "run.json")
-        if run.get("stage") == "quantize":
-            source = Path(run["options"]["model"]).resolve().name
-            if source in report["stages"]:
-                packed.setdefault(source, {})[run["options"]["bits"]] = name
-    return {source: dict(sorted(own.items(), reverse=True)) for source, own in packed.items()}
+        source = Path(run["options"]["model"]).resolve().name if run.get("stage") == "quantize" else None
+        if source in report["stages"]:
+            families.setdefault(source, {"whole": source})[f"INT{run['options']['bits']}"] = name
+    return families
 
 
 def packed_section(report):
     """What low-bit weights cost: size and figures of each quantized stage beside its source."""
-    packed, stages, size = packed_stages(report), report["stages"], report["bytes"]
-    if not packed:
+    families, stages, size = packed_families(report), report["stages"], report["bytes"]
+    if not families:
         return ""
-    families = {source: {"whole": source} | {f"INT{bits}": name for bits, name in own.items()}
-                for source, own in packed.items()}
-    colors = dict(zip(("whole", "INT8", "INT4"), COLORS))
     figure = Figure(figsize=(11, 2.8), layout="constrained")
-    grid, percent = figure.add_gridspec(1, 3), "{:.1f}"
-    values = {"Megabytes": lambda name: size[name] / 1e6,
-              "facts_exact, en, %": lambda name: in_percent(stages[name]["en"]["facts_exact"]),
-              "facts_exact, zh, %": lambda name: in_percent(stages[name]["zh"]["facts_exact"])}
-    for column, (title, value) in enumerate(values.items()):
-        groups = {source: [(label, value(name), colors[label]) for label, name in own.items()]
+    grid, colors = figure.add_gridspec(1, 3), dict(zip(("whole", "INT8", "INT4"), COLORS))
+    panels = {"Megabytes": ("{:.1f}", {name: bytes / 1e6 for name, bytes in size.items()})}
+    for lang in ("en", "zh"):
+        facts = {name: stage[lang]["facts_exact"] for name, stage in stages.items()}
+        panels[f"facts_exact, {lang}"] = "{:.1%}", facts
+    for column, (title, (show, values)) in enumerate(panels.items()):
+        groups = {source: [(label, values[name], colors[label]) for label, name in own.items()]
                   for source, own in families.items()}
-        bars(panel(figure, grid[column], title), groups, percent)
-    rows = [["", "megabytes", "of the source", *(f"{key} {lang}" for key in PACKED for lang in ("en", "zh"))]]
+        bars(panel(figure, grid[column], title), groups, show)
+    rows = [["", "MB", "of whole", *(f"{says} {lang}" for says in PACKED.values() for lang in ("en", "zh"))]]
     for source, own in families.items():
         for label, name in own.items():
             cells = [shown(key, stages[name][lang][key]) for key in PACKED for lang in ("en", "zh")]
@@ -829,10 +828,6 @@ def packed_section(report):
             rows.append([html.escape(f"{name} ({label})"), f"{size[name] / 1e6:.2f}", share, *cells])
     text = "Each model as it was trained, and after rounding its linear layers to 8 or 4 bits."
     return section("Low-bit weights", text, draw(figure) + table(*rows))
-
-
-def in_percent(share):
-    return None if share is None else 100 * share
 
 
 def cleaning_section(report):
@@ -861,7 +856,7 @@ def samples_section(report, answers):
             for stage, own in answered.items():
                 if a := own.get(key_of(item)):
                     cells.setdefault((a["answer"], a["finished"], key_of(item)), ([], a))[0].append(stage)
-        cells = [answer_cell(" = ".join(stages), a) for stages, a in cells.values()]
+        cells = [answer_cell(", ".join(stages), a) for stages, a in cells.values()]
         said = "".join(f'<div><span class="tag">{html.escape(sample["kind"])} · {m["role"]}</span>'
                        f'{html.escape(m["content"])}</div>' for m in messages_of(sample["prompt"]))
         cards.append(f'<div class="card" lang="{sample["lang"]}"><div class="ask">{said}</div>'
@@ -878,8 +873,8 @@ def answer_cell(stage, a):
     notes += [f"reward {gold:+g}"] * ("gold" in a["verdict"]) + ["continued as text"] * plain
     notes += ["cut off"] * (not a["finished"] and not plain)
     mood = "good" if gold > 0 else "bad" if gold < 0 else ""
-    return (f'<div class="answer {mood}"><div class="tag">{html.escape(" · ".join([stage, *notes]))}</div>'
-            f'{html.escape(a["answer"])}</div>')
+    tag = f'<strong>{html.escape(stage)}</strong>{html.escape("".join(f" · {note}" for note in notes))}'
+    return f'<div class="answer {mood}"><div class="tag">{tag}</div>{html.escape(a["answer"])}</div>'
 
 
 def cost_section(report):
@@ -922,8 +917,10 @@ def evaluate(options, out, ranks):
     absent = [str(folder) for folder in folders.values() if not folder.is_dir()]
     if absent:
         raise InputError(f"--model {' '.join(absent)}: no such folder; train it first")
-    if len(folders) < len(options.model):
-        raise InputError("--model: two folders of one name, and a stage is called by its folder's name")
+    others = [path for path in (options.reward, options.hacking) if path]
+    paths = {Path(path).resolve() for path in [*options.model, *others]}
+    if len(folders) < len(options.model) or len({path.name for path in paths}) < len(paths):
+        raise InputError("two folders of one name, and a stage is called by its folder's name")
     score = load_scorer(options.scorer) if options.scorer else None
     items = read_prompts(options.prompts, options.limit) if options.prompts else []
     if not score:

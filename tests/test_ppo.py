@@ -1,5 +1,6 @@
 """What ppo.py promises: its sums are the papers', its ratios start at 1, ranks agree, resume is exact."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -179,6 +180,30 @@ def test_the_first_ratio_is_exactly_one_and_the_first_kl_exactly_zero(tmp_path, 
     assert [ratio for ratio, _ in found] == [1.0, 1.0, 1.0] and found[0][1] == 0.0
     assert all(kl != 0.0 for _, kl in found[1:])
     assert {line["kl"] for line in lines(tmp_path / "out") if line["step"] == 1} == {0.0}
+
+
+def test_the_old_logprobs_come_from_the_very_batches_that_are_trained_first():
+    setting, answers = options(batch_size=8, minibatch=4, micro_batch=2), answers_of([1, 20, 3, 7, 30, 2, 5, 9])
+    policy, reference = (load_folder(tiny() / "base")[0] for _ in range(2))
+    critic, rewarder = (load_folder(reward_folder(), kind=RewardModel)[0] for _ in range(2))
+    models, seen = ppo.prepare_models(setting, ONE, "fp32", policy, reference, critic, rewarder), []
+    policy.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    record = {"score_mean": 0.0, "score_std": 1.0}
+    for step in (3, 4):
+        seen.clear()
+        rollout = ppo.measure(setting, ONE, models, answers, step, 3, contextlib.nullcontext)
+        rollout = ppo.estimate(setting, record, rollout, answers)
+        figures = ppo.train_step(setting, ONE, models, answers, rollout, step, 3, contextlib.nullcontext, record)
+        assert len(seen) == 12 and all(map(torch.equal, seen[:4], seen[4:8])) and figures["ratio_first"] == 1.0
+
+
+def test_scores_are_normalised_by_those_of_the_first_rollout_all_along(tmp_path):
+    assert run("ppo", *ppo_arguments(tmp_path / "out")) == 0
+    first = np.array([s["rm_reward"] for s in lines(tmp_path / "out") if s["step"] == 1])
+    for step, reward_mean, rm_reward, finished in metrics(tmp_path / "out", "step", "reward", "rm_reward",
+                                                          "finished"):
+        wanted = (rm_reward - first.mean()) / first.std() - 3 * (1 - finished)
+        assert reward_mean == pytest.approx(wanted, abs=1e-4)
 
 
 def test_while_the_critic_warms_up_the_policy_stays_as_it_was(tmp_path):
