@@ -34,7 +34,7 @@ SFT_default      = --max-length 256 --batch-size 16 --epochs 4 --lr 1e-3 --repla
 COLLECT_default  = --k 6
 REWARD_default   = --epochs 2 --batch-size 32 --micro-batch 48 --lr 5e-4
 PPO_default      = --steps 50 --batch-size 64 --kl 0.05
-HACKING_default  = --steps 100 --batch-size 64 --kl 0
+HACKING_default  = --steps 100 --batch-size 64 --kl 0 --lr 2e-4
 DPO_default      = --epochs 1 --batch-size 32 --lr 1e-4
 EVALUATE_default =
 
@@ -236,7 +236,7 @@ $(RUN)/int4/.finished: $(RUN)/dpo/.finished | $(READY)
 	@touch $@
 
 hacking: $(RUN)/hacking/.finished $(RUN)/report.html
-	$(PY) $(report) --hacking $(RUN)/hacking --overwrite
+	$(PY) evaluate.py --rescore --hacking $(RUN)/hacking --out $(RUN)/report.html
 
 $(RUN)/report.html: $(JUDGED:%=%/.finished) $(COLLECTED:%=$(RUN)/%) $(PROMPT_IN) $(RUN)/.options/report | $(READY)
 	$(PY) $(report) --overwrite

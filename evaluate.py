@@ -952,6 +952,7 @@ def rescore(options, out):
         raise InputError(f"--rescore: {out.parent / 'report.json'} is no report of evaluate.py")
     scorer = report["settings"]["scorer"] = options.scorer or report["settings"]["scorer"]
     score = load_scorer(scorer) if scorer else None
+    report["settings"]["hacking"] = options.hacking or report["settings"].get("hacking")
     for name, stage in report["stages"].items():
         answers[name] = judge([*read_answers(out.parent / "answers" / f"{name}.jsonl")], score)
         bits = {lang: stage[lang]["bits_per_byte"] for lang in LANGUAGES}
