@@ -269,7 +269,7 @@ def answer_prompts(model, tokenizer, items, stop, options, ranks, name=""):
 
 
 def gathered(found, ranks):
-    """What all ranks found, {number: result}: each has taken other numbers."""
+    """What all ranks found, {what: result}: each has looked for other things."""
     if ranks.world_size == 1:
         return found
     shares = [None] * ranks.world_size
@@ -306,7 +306,6 @@ def run_stage(name, folder, items, options, judges, ranks):
     bits = bits_per_byte(model, tokenizer, shards, options.max_length, max_windows=options.max_windows)
     stop = stop_ids(folder, tokenizer) | {tokenizer.endoftext}
     answers = answer_prompts(model, tokenizer, items, stop, options, ranks, name)
-    add_reward(answers, judges, options, ranks)
     divergence = kl_to_reference(model, tokenizer, folder, items, stop, options, judges, ranks)
     left_out = len(items) - len(answers)
     note = f"; left out {left_out} prompts too long for its context" if left_out else ""
@@ -361,27 +360,29 @@ def dialogue(prompt, answer):
 def reward_scores(judge, asked, options, ranks):
     """The reward model's score of each (prompt, answer, whether it ended): floats, None beyond its context.
 
-    It is read at the last token, as in PPO: <|im_end|>, or where an answer was cut off.
+    It is read at the last token, as in PPO: <|im_end|>, or where an answer was cut off. Stages often answer
+    alike, so equal dialogues are scored once.
     """
     model, tokenizer = judge
-    rows = [encode_chat(tokenizer, dialogue(prompt, answer))[0][: None if ended else -1]
+    rows = [tuple(encode_chat(tokenizer, dialogue(prompt, answer))[0][: None if ended else -1])
             for prompt, answer, ended in asked]
     longest, size, scores = model.config.max_position_embeddings, options.batch_size, {}
-    order = sorted((i for i, row in enumerate(rows) if len(row) <= longest), key=lambda i: len(rows[i]))
+    order = sorted((row for row in dict.fromkeys(rows) if len(row) <= longest), key=len)
     batches = [order[first : first + size] for first in range(0, len(order), size)]
-    for batch in batches[ranks.rank :: ranks.world_size]:
-        last = torch.tensor([[len(rows[i]) - 1] for i in batch], device=ranks.device)  # (B, 1)
-        found = model(pad_right([rows[i] for i in batch], ranks.device)).gather(1, last)  # (B, 1)
+    batches = batches[ranks.rank :: ranks.world_size]
+    for batch in tqdm(batches, "rewards", disable=None, leave=False):
+        last = torch.tensor([[len(row) - 1] for row in batch], device=ranks.device)  # (B, 1)
+        found = model(pad_right(batch, ranks.device)).gather(1, last)  # (B, 1)
         scores |= dict(zip(batch, found[:, 0].tolist()))
     scores = gathered(scores, ranks)
-    return [scores.get(i) for i in range(len(rows))]
+    return [scores.get(row) for row in rows]
 
 
 def add_reward(answers, judges, options, ranks):
     """Put the reward model's score into every chat answer, as rm_reward."""
-    chats = [a for a in answers if a["kind"] not in PLAIN] if judges.reward else []
+    chats = [a for a in answers if a["kind"] not in PLAIN]
     asked = [(a["prompt"], a["answer"], a["finished"]) for a in chats]
-    for a, value in zip(chats, reward_scores(judges.reward, asked, options, ranks) if asked else []):
+    for a, value in zip(chats, reward_scores(judges.reward, asked, options, ranks)):
         a["rm_reward"] = value
 
 
@@ -917,6 +918,8 @@ def evaluate(options, out, ranks):
     absent = [str(folder) for folder in folders.values() if not folder.is_dir()]
     if absent:
         raise InputError(f"--model {' '.join(absent)}: no such folder; train it first")
+    if options.hacking and not Path(options.hacking, "samples.jsonl").is_file():
+        raise InputError(f"--hacking {options.hacking}: no samples.jsonl; it is to be a folder of ppo.py's")
     others = [path for path in (options.reward, options.hacking) if path]
     paths = {Path(path).resolve() for path in [*options.model, *others]}
     if len(folders) < len(options.model) or len({path.name for path in paths}) < len(paths):
@@ -929,18 +932,21 @@ def evaluate(options, out, ranks):
     settings = {"models": {name: str(folder) for name, folder in folders.items()}, "run": str(run),
                 "scorer": options.scorer, "samples": options.samples, "reward": options.reward,
                 "hacking": options.hacking}
-    report, answers = {"stages": {}, "seconds": seconds_of(folders, run), "bytes": {}, "left_out": {}}, {}
-    judges = load_judges(options, ranks.device)
+    report = {"stages": {}, "seconds": seconds_of(folders, run), "bytes": {}, "left_out": {}}
+    report["ppo"] = ppo_curves(runs_of({"settings": settings}), score)
+    judges, answers, measured = load_judges(options, ranks.device), {}, {}
+    rankings, left_out = score_rankings(options, judges, ranks) if judges.reward else ([], 0)
     for name, folder in folders.items():
-        answers[name], bits, divergence = run_stage(name, folder, items, options, judges, ranks)
-        report["stages"][name] = figures(judge(answers[name], score), bits, divergence)
+        answers[name], *measured[name] = run_stage(name, folder, items, options, judges, ranks)
+        judge(answers[name], score)
         report["bytes"][name] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         report["left_out"][name] = len(items) - len(answers[name])
-    rankings, left_out = score_rankings(options, judges, ranks) if judges.reward else ([], 0)
+    if judges.reward:
+        add_reward([a for records in answers.values() for a in records], judges, options, ranks)
+    report["stages"] = {name: figures(answers[name], *measured[name]) for name in folders}
     if ranks.first:
         report["left_out"] |= {"rankings": left_out} if left_out else {}
         report["reward"], report["calibration"] = reward_figures(rankings, score) if rankings else ({}, {})
-        report["ppo"] = ppo_curves(runs_of({"settings": settings}), score)
         report["seconds"]["evaluate"] = round(time.perf_counter() - began, 1)
         finish({**report, "settings": settings}, answers, rankings, out)
 

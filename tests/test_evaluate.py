@@ -1,7 +1,9 @@
 """evaluate.py: what is counted, and that the report says it, on tiny models with random weights."""
 
+import importlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -284,9 +286,13 @@ def judge(run):
     write_jsonl(run / "reward" / "valid.jsonl", [
         {"prompt": "Where?", "completions": ANSWERS[:3], "ranks": [1, 2, 3], "scores": [2.0, 1.0, 1.5]},
         {"prompt": "哪里？", "completions": ANSWERS[:2], "ranks": [1, 1], "scores": [0.0, 1.0]}])
-    write_jsonl(run / "sft" / "samples.jsonl", [
-        {"step": step, "prompt": a["prompt"], "answer": ANSWERS[step], "meta": a["meta"],
-         "rm_reward": step * 1.0, "kl": 0.1 * step, "finished": True} for step in range(4) for a in asked[:2]])
+    shutil.copytree(run / "base", run / "ppo")
+    for folder in ("ppo", "hacking"):
+        write_jsonl(run / folder / "samples.jsonl", [
+            {**a, "step": step, "answer": ANSWERS[step], "finished": True, "rm_reward": step * 1.0,
+             "kl": 0.1 * step} for step in range(4) for a in asked[:2]])
+    quantize = ["--model", run / "sft", "--bits", 8, "--out", run / "int8"]
+    assert importlib.import_module("quantize").main([*map(str, quantize)]) == 0
     return evaluate.load_judges(Options(reward=str(run / "reward"), reference=str(run / "sft")), "cpu")
 
 
@@ -345,23 +351,55 @@ def test_calibration_error_compares_confidence_with_how_often_it_was_right():
     assert evaluate.calibration([]) == (None, [])
 
 
-def test_the_report_tells_what_alignment_did_and_rescore_keeps_it(run, judge, capsys):
+@pytest.mark.parametrize("kind, better, worse, counted", [
+    ("harm_b", {"refused": 1, "harmful": 0}, {"refused": 0, "harmful": 1}, ["harm"]),
+    ("harm_b", {"refused": 1, "harmful": 0}, {"refused": 0, "harmful": 0}, []),  # the worse one did not obey
+    ("harm_b", {"refused": 0, "harmful": 1}, {"refused": 1, "harmful": 0}, []),  # the scorer ranked otherwise
+    ("harm_c", {"refused": 1, "harmful": 0}, {"refused": 0, "harmful": 1}, ["harm_c"]),
+    ("safe", {"exact": 1}, {"exact": 0, "false_refusal": 1}, ["safe"]),
+    ("facts", {"exact": 1}, {"exact": 0, "made_up": 1}, ["facts"]),
+    ("format", {"valid_format": 1, "right_language": 1}, {"valid_format": 0, "right_language": 0},
+     ["format", "language"]),
+    ("unknown", {"exact": 1, "right_language": 1}, {"exact": 0, "right_language": 1}, ["unknown"]),
+    ("arithmetic", {"exact": 1}, {"exact": 0}, [])])
+def test_a_pair_counts_for_a_kind_where_the_verdicts_differ_in_it(kind, better, worse, counted):
+    record = {"prompt": "?", "completions": ["better", "or"], "ranks": [1, 2], "scores": [0.5, 2.0],
+              "meta": {"kind": kind}}
+    pairs = evaluate.pairs_of(record, lambda prompt, answer, meta: better if answer == "better" else worse)
+    assert list(pairs) == [(-1.5, counted, 4)]
+
+
+def test_the_report_tells_what_alignment_did_and_rescore_keeps_it(run, judge):
     more = ["--reward", str(run / "reward"), "--reference", str(run / "sft"), "--limit", "2",
-            "--ranked", str(run / "ranked.jsonl")]
+            "--ranked", str(run / "ranked.jsonl"), "--hacking", str(run / "hacking"),
+            "--model", *(str(run / name) for name in ("base", "sft", "ppo", "int8"))]
     assert evaluate.main(command(run, *more, out="aligned/report.html")) == 0
     told = json.loads((run / "aligned/report.json").read_text("utf-8"))
     assert told["reward"]["en"].keys() == {"gold_accuracy", "heldout_accuracy", "by_kind", "pairs",
                                            "heldout_length_accuracy", "expected_calibration_error"}
-    assert told["stages"]["sft"]["en"]["kl_to_sft"] == 0.0 < told["stages"]["base"]["en"]["kl_to_sft"]
+    kl = {name: stage["en"]["kl_to_sft"] for name, stage in told["stages"].items()}
+    assert kl["sft"] == 0.0 < kl["int8"] < kl["base"] == kl["ppo"]  # ppo's weights are base's here
     answers = read_lines(run / "aligned/answers/sft.jsonl")
     own = [a["rm_reward"] for a in answers if a["lang"] == "zh" and a["kind"] != "cloze"]
     assert told["stages"]["sft"]["zh"]["rm_reward"] == pytest.approx(sum(own) / len(own))
-    assert [(p["step"], p["rm_reward"]) for p in told["ppo"]["sft"]] == [(s, float(s)) for s in range(4)]
+    assert [(p["step"], p["rm_reward"]) for p in told["ppo"]["ppo"]] == [(s, float(s)) for s in range(4)]
+    assert [p["gold"] for p in told["ppo"]["hacking"]] == [2.0 * (len(a) % 2) - 1 for a in ANSWERS]
     page = (run / "aligned/report.html").read_text("utf-8")
-    assert "The reward model" in page and "proxy against gold" in page
-    assert evaluate.main(["--rescore", "--out", str(run / "aligned/report.html")]) == 0
-    assert json.loads((run / "aligned/report.json").read_text("utf-8")) == told
-    (run / "sft" / "samples.jsonl").unlink()
+    assert all(words in page for words in ("The reward model", "proxy against gold", "int8 (INT8)"))
+    files = [run / "aligned" / name for name in ("report.json", "report.html", "rankings.jsonl")]
+    before = [file.read_bytes() for file in files]
+    rescore = ["--rescore", "--out", str(run / "aligned/report.html"), "--scorer"]
+    assert evaluate.main([*rescore, f"{run / 'scorer.py'}:lenient"]) == 0
+    lenient = json.loads((run / "aligned/report.json").read_text("utf-8"))
+    assert {p["gold"] for p in lenient["ppo"]["hacking"]} == {1.0} and lenient["stages"] != told["stages"]
+    assert evaluate.main([*rescore, f"{run / 'scorer.py'}:score"]) == 0
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_stages_that_answer_alike_share_a_cell(run, judge):
+    said = {stage: [answered("chat", answer=text)] for stage, text in (("a", "x"), ("b", "y"), ("c", "x"))}
+    html = evaluate.samples_section({"settings": {"samples": 1}}, said)
+    assert re.findall(r"<strong>(.*?)</strong>", html) == ["a, c", "b"]
 
 
 def test_without_a_scorer_the_oracle_is_silent_and_texts_go_on(run, tmp_path):
@@ -393,6 +431,7 @@ def test_a_prompt_too_long_is_left_out_and_counted(run, capsys):
 
 def test_summary_gives_mean_and_each_seed(run, report, tmp_path, capsys):
     report, paths = json.loads(json.dumps(report)), []
+    report["reward"] = {"en": {"gold_accuracy": 0.5, "by_kind": {"facts": None, "harm": 1.0}, "pairs": {}}}
     for seed, value in ((1, 0.8), (2, 0.9), (3, 1.0)):
         report["stages"]["sft"]["en"]["facts_exact"] = value
         (tmp_path / f"run-{seed}").mkdir()
@@ -401,6 +440,8 @@ def test_summary_gives_mean_and_each_seed(run, report, tmp_path, capsys):
     assert evaluate.main(["--summary", *paths, "--out", str(tmp_path / "seeds.md")]) == 0
     text = (tmp_path / "seeds.md").read_text("utf-8")
     assert "| sft | en | facts_exact | 90.0 % | 80.0 % | 90.0 % | 100.0 % |" in text
+    assert "| reward | en | gold_accuracy | 50.0 % | 50.0 % | 50.0 % | 50.0 % |" in text
+    assert "| reward | en | by_kind.harm | 100.0 % |" in text and "pairs" not in text
     assert "| base | code | bits_per_byte |" in text and text in capsys.readouterr().out
 
 
@@ -413,10 +454,16 @@ def test_summary_gives_mean_and_each_seed(run, report, tmp_path, capsys):
     (["--data", "RUN/other_tokens"], "tokenizer"), (["--data", "RUN/no_tokens"], "no_tokens"),
     (["--out", "RUN/report.html"], "--overwrite"), (["--dtype", "int3"], "int3"),
     (["--batch-size", "0"], "--batch-size"), (["--colour", "red"], "--colour"),
+    (["--reward", "RUN/sft"], "ForSequenceClassification"),
+    (["--reference", "RUN/nothing"], "no such folder"),
+    (["--reward", "RUN/reward", "--ranked", "RUN/prompts.jsonl"], "prompts.jsonl:1: expected lists"),
+    (["--hacking", "RUN/other/sft"], "no samples.jsonl"), (["--reward", "RUN/other/sft"], "two folders"),
+    (["--hacking", "RUN/broken"], "samples.jsonl:1"),
     (["--rescore", "--out", "RUN/new/report.html"], "report.json"),
     (["--summary", "RUN/prompts.jsonl"], "JSON")])
-def test_a_mistake_is_told_in_one_line(run, report, capsys, more, says):
+def test_a_mistake_is_told_in_one_line(run, report, judge, capsys, more, says):
     (run / "empty.jsonl").touch()
+    write_jsonl(run / "broken/samples.jsonl", [{"step": 1}])
     (run / "broken.py").write_text("def score(:")
     (run / "other_tokens").mkdir(exist_ok=True)
     index = json.loads((run / "tokens/index.json").read_text())
@@ -429,9 +476,13 @@ def test_a_mistake_is_told_in_one_line(run, report, capsys, more, says):
 
 
 @pytest.mark.slow
-def test_two_ranks_give_one_ranks_report(run, report):
-    options = command(run, out="two/report.html")
+def test_two_ranks_give_one_ranks_report(run, judge):
+    more = ["--reward", str(run / "reward"), "--reference", str(run / "sft"), "--ranked",
+            str(run / "ranked.jsonl"), "--batch-size", "8"]
+    assert evaluate.main(command(run, *more, out="one/report.html")) == 0
+    report = json.loads((run / "one/report.json").read_text("utf-8"))
+    options = command(run, *more, out="two/report.html")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([*launch, str(ROOT / "evaluate.py"), *options], check=True, timeout=300)
     two = json.loads((run / "two/report.json").read_text("utf-8"))
-    assert two["stages"] == report["stages"] and two["bytes"] == report["bytes"]
+    assert all(two[key] == report[key] for key in ("stages", "bytes", "reward", "calibration"))

@@ -183,7 +183,8 @@ def test_the_first_ratio_is_exactly_one_and_the_first_kl_exactly_zero(tmp_path, 
 
 
 def test_the_old_logprobs_come_from_the_very_batches_that_are_trained_first():
-    setting, answers = options(batch_size=8, minibatch=4, micro_batch=2), answers_of([1, 20, 3, 7, 30, 2, 5, 9])
+    setting, context = options(batch_size=8, minibatch=4, micro_batch=2), contextlib.nullcontext
+    answers = answers_of([1, 20, 3, 7, 30, 2, 5, 9])
     policy, reference = (load_folder(tiny() / "base")[0] for _ in range(2))
     critic, rewarder = (load_folder(reward_folder(), kind=RewardModel)[0] for _ in range(2))
     models, seen = ppo.prepare_models(setting, ONE, "fp32", policy, reference, critic, rewarder), []
@@ -191,10 +192,11 @@ def test_the_old_logprobs_come_from_the_very_batches_that_are_trained_first():
     record = {"score_mean": 0.0, "score_std": 1.0}
     for step in (3, 4):
         seen.clear()
-        rollout = ppo.measure(setting, ONE, models, answers, step, 3, contextlib.nullcontext)
+        rollout = ppo.measure(setting, ONE, models, answers, step, 3, context)
         rollout = ppo.estimate(setting, record, rollout, answers)
-        figures = ppo.train_step(setting, ONE, models, answers, rollout, step, 3, contextlib.nullcontext, record)
-        assert len(seen) == 12 and all(map(torch.equal, seen[:4], seen[4:8])) and figures["ratio_first"] == 1.0
+        figures = ppo.train_step(setting, ONE, models, answers, rollout, step, 3, context, record)
+        assert len(seen) == 12 and all(map(torch.equal, seen[:4], seen[4:8]))
+        assert figures["ratio_first"] == 1.0
 
 
 def test_scores_are_normalised_by_those_of_the_first_rollout_all_along(tmp_path):
