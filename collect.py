@@ -43,7 +43,7 @@ class Options:
     key: str = option("which of the scorer's numbers ranks the answers", "gold")
     train_part: bool = option("leave out the prompts that reward.py and dpo.py hold out by hash", False)
     k: int = option("answers a prompt", 4, at_least=2)
-    written: str = option("JSONL file with `prompt` and `completions`: half of the answers are from there", "")
+    written: str = option("JSONL file with `prompt` and `completions`; half of the answers are from it", "")
     pairs: bool = option("write every pair of unequal answers, instead of a ranking a prompt", False)
     limit: int | None = option("take only the first so many prompts", None, at_least=1)
     temperature: float = option("of the sampling; 0 always takes the likeliest token", 1.0, at_least=0)
@@ -289,7 +289,7 @@ def report(options, counts, seconds, rate):
     what = "pairs" if options.pairs else "rankings"
     return (f"{counts['records']:,} {what} of {counts['prompts']:,} prompts in {options.out}, "
             f"{seconds:.1f} s ({rate:.1f} answers/s)\n"
-            f"answers: {score('sampled')}; {score('written')}; {counts['duplicates']:,} duplicates taken out\n"
+            f"answers: {score('sampled')}; {score('written')}; {counts['duplicates']:,} duplicates gone\n"
             f"left out: {counts['held_out']:,} prompts held out, {counts['too_long']:,} too long, "
             f"{counts['one_answer']:,} with one answer only; all answers tie in {counts['all_tied']:,}")
 

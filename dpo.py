@@ -2,9 +2,10 @@
 
     python dpo.py --model run/sft --data run/preferences.jsonl --out run/dpo
 
-No reward model and no sampling: the reward is implied. It is beta times how much likelier the model makes
-an answer than the model it started from (the reference) does, and the loss asks that the chosen answer's be
-higher than the rejected one's. The reference never changes, so its log-probabilities are computed once, beforehand.
+No reward model and no sampling: the reward is implied. It is beta times the log of how much likelier the
+model makes an answer than the model it started from, the reference. The loss asks that the chosen answer's
+reward be higher than the rejected one's. The reference never changes: its log-probabilities are computed
+once, before the first step.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 
 from model import (Metrics, Ranks, Stepper, StopSignal, accumulate, autocast, choose_dtype, export_best,
                    fingerprint, finish_run, keep_best, learning_rate, load_folder, load_state, make_optimizer,
-                   open_run, process_group, save_folder, save_state, say, wrap_ddp, write_json)
+                   open_run, process_group, save_folder, save_state, say, wrap_ddp)
 from tokenizer import (InputError, check_messages, encode_chat, one_line_errors, option, parse_options,
                        read_jsonl)
 
@@ -121,10 +122,11 @@ def record_ranking(record):
             raise InputError("the chosen answer is empty")
     elif "completions" in record and "ranks" in record:
         answers, ranks = record["completions"], record["ranks"]
-        if not isinstance(answers, list) or not isinstance(ranks, list) or len(answers) != len(ranks) \
-                or len(ranks) < 2 or not all(type(rank) is int and rank >= 1 for rank in ranks):
-            raise InputError("`completions` and `ranks` must be lists of one length, at least 2; ranks are "
-                             "whole numbers from 1, the best")
+        lists = isinstance(answers, list) and isinstance(ranks, list)
+        if not lists or not len(answers) == len(ranks) >= 2:
+            raise InputError("`completions` and `ranks` must be lists of one length, 2 or more")
+        if not all(type(rank) is int and rank >= 1 for rank in ranks):
+            raise InputError(f"ranks are whole numbers from 1, the best; found {ranks!r:.40}")
         answers = [as_messages(answer, "assistant") for answer in answers]
     else:
         raise InputError("neither `chosen` and `rejected` nor `completions` and `ranks`")
@@ -297,7 +299,7 @@ def train_step(model, batches, references, options, ranks, context, scale):
 
 @torch.no_grad()
 def reference_logprobs(model, steps, count, ranks, context):
-    """log-probabilities of `count` pairs' answers under the model as it is now: (count + 1, 2), last row 0.
+    """Log-probabilities of `count` pairs' answers under the model as it is now: (count + 1, 2), last row 0.
 
     steps: this rank's micro-batches of an epoch. They are those that training begins with, not just the same
     pairs: in other shapes sums round otherwise, and the first loss would not be log 2 to the last bit.
@@ -348,8 +350,6 @@ def train(options, ranks):
     run, state = open_run("dpo", options, ranks, {"model": fingerprint(weights), "data": fingerprint(files)})
 
     dtype, pad = choose_dtype(options, ranks, run), tokenizer.pad or 0
-    if ranks.first:
-        write_json(Path(options.out) / "run.json", run)  # a resumed run goes on in the same dtype
 
     def context():
         return autocast(ranks.device, dtype)

@@ -1017,6 +1017,8 @@ def choose_dtype(options, ranks, run):
     if "dtype" not in run:
         run["dtype"] = agree(ranks, options.dtype if options.dtype != "auto" else probe_dtype(ranks.device))
         say(ranks, f"dtype {run['dtype']}")
+        if ranks.first:
+            write_json(Path(options.out) / "run.json", run)
     return run["dtype"]
 
 

@@ -23,8 +23,7 @@ import torch.nn.functional as F
 
 from model import (Metrics, RewardModel, Stepper, StopSignal, accumulate, autocast, choose_dtype,
                    export_best, fingerprint, finish_run, keep_best, learning_rate, load_folder, load_state,
-                   make_optimizer, open_run, process_group, save_folder, save_state, say, wrap_ddp,
-                   write_json)
+                   make_optimizer, open_run, process_group, save_folder, save_state, say, wrap_ddp)
 from tokenizer import (InputError, check_messages, encode_chat, one_line_errors, option, parse_options,
                        read_jsonl, write_whole)
 
@@ -346,8 +345,6 @@ def train(options, ranks):
                           {"model": fingerprint(weights), "data": fingerprint(files)})
 
     model, dtype = reward_model(causal, options.seed), choose_dtype(options, ranks, run)
-    if ranks.first:
-        write_json(Path(options.out) / "run.json", run)  # a resumed run goes on in the same dtype
     optimizer = make_optimizer(model, options.lr, options.weight_decay, betas=(0.9, 0.95))
     stepper = Stepper(optimizer, dtype, options.clip)
     record = {"step": 0, "tokens": 0, "best": math.inf, "worse": 0, "seconds": 0.0}

@@ -1,6 +1,7 @@
 """What collect.py promises: ranks follow the scorer, half is written, batch and ranks change nothing."""
 
 import json
+import resource
 
 import pytest
 import torch
@@ -12,12 +13,22 @@ from tokenizer import read_jsonl
 
 torch.set_num_threads(1)
 SCORER = '''
+import os
+import signal
+
+
 def score(prompt, answer, meta):
     return {"gold": len(answer) // 4, "letters": answer.count("e")}
 
 
 def fails(prompt, answer, meta):
     raise KeyError("no such entity")
+
+
+def dies(prompt, answer, meta):
+    if not isinstance(prompt, str):  # in the middle: the Chinese ones come last
+        os.kill(os.getpid(), signal.SIGKILL)
+    return score(prompt, answer, meta)
 '''
 
 
@@ -102,13 +113,53 @@ def test_what_reward_and_dpo_hold_out_is_left_out_of_the_training_part(folder):
 @pytest.mark.parametrize("changes, says", [
     ({"scorer": "FOLDER/scorer.py:fails"}, "the scorer failed"), ({"key": "silver"}, "silver"),
     ({"scorer": "FOLDER/scorer.py:absent"}, "scorer"), ({"scorer": "nothing"}, "file.py:function"),
-    ({"data": "FOLDER/none"}, "no such"), ({"data": "FOLDER/bad.jsonl"}, "bad.jsonl:2"), ({"written": "FOLDER/prompts.jsonl"}, "prompts.jsonl:1")])
+    ({"data": "FOLDER/none"}, "no such"), ({"data": "FOLDER/bad.jsonl"}, "bad.jsonl:2"),
+    ({"written": "FOLDER/prompts.jsonl"}, "prompts.jsonl:1")])
 def test_a_mistake_is_told_in_one_line_and_leaves_no_file(folder, capsys, changes, says):
     write_jsonl(folder / "bad.jsonl", [{"prompt": "Hi"}, {"prompt": [{"role": "wizard", "content": "Hi"}]}])
     changes = {name: value.replace("FOLDER", str(folder)) for name, value in changes.items()}
     assert run("collect", *arguments(folder, **changes)) == 2
     told = capsys.readouterr().err.strip().splitlines()
     assert says in told[-1] and not (folder / "out.jsonl").exists()
+
+
+def test_equal_answers_are_told_once_and_a_prompt_with_one_answer_is_left_out(folder):
+    line = arguments(folder, temperature=0)
+    at = line.index("--written")
+    assert run("collect", *line[:at], *line[at + 2 :]) == 0  # greedy, nothing written: all four are equal
+    counts = json.loads((folder / "out.run.json").read_text())["counts"]
+    assert lines(folder / "out.jsonl") == [] and counts["one_answer"] == counts["prompts"] == 13
+    assert run("collect", *arguments(folder, "both.jsonl", temperature=0)) == 0
+    assert {len(r["completions"]) for r in lines(folder / "both.jsonl")} == {3}  # two sampled are equal
+
+
+def test_a_killed_run_leaves_no_half_file_and_the_old_one_whole(folder):
+    command = arguments(folder, scorer=f"{folder / 'scorer.py'}:dies")
+    before = {path.name for path in folder.iterdir()}
+    assert launch("collect.py", *command).returncode == -9
+    assert {path.name for path in folder.iterdir()} - {"__pycache__"} == before
+    assert run("collect", *arguments(folder)) == 0
+    old = (folder / "out.jsonl").read_bytes(), (folder / "out.run.json").read_bytes()
+    assert launch("collect.py", *command, "--overwrite").returncode == -9
+    assert old == ((folder / "out.jsonl").read_bytes(), (folder / "out.run.json").read_bytes())
+
+
+def test_a_full_disk_is_told_in_one_line_and_leaves_the_old_file_whole(folder):
+    (folder / "out.jsonl").write_text("old\n")
+    full = launch("collect.py", *arguments(folder), "--overwrite",
+                  preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)))
+    assert full.returncode == 2 and "collect.py: File too large" in full.stderr, full.stderr
+    assert "Traceback" not in full.stderr and (folder / "out.jsonl").read_text() == "old\n"
+
+
+@pytest.mark.parametrize("flags", [[], ["--pairs"]], ids=["rankings", "pairs"])
+def test_reward_and_dpo_read_what_is_written(folder, flags):
+    assert run("collect", *arguments(folder), *flags) == 0
+    for stage in ("reward", "dpo"):
+        assert run(stage, "--model", tiny() / "base", "--data", folder / "out.jsonl", "--out", folder / stage,
+                   "--max-length", 64, "--dtype", "fp32", "--device", "cpu") == 0
+        left_out = json.loads((folder / stage / "run.json").read_text())["left_out"]
+        assert left_out["bad"] == 0
 
 
 def test_a_finished_file_is_not_overwritten_unasked(folder, capsys):

@@ -51,12 +51,38 @@ def test_the_loss_is_equation_7(values, beta):
     assert chosen.tolist() == pytest.approx([beta * (v[0] - v[2]) for v in values], abs=1e-4)
 
 
+def test_a_batch_gives_the_papers_loss_in_float64(tmp_path):
+    pairs, tokenizer = some_pairs(tmp_path)
+    model, settings = load_folder(tiny() / "base", dtype=torch.float64)[0], options(beta=0.3, sft_weight=0.5)
+    references = -30 * torch.rand(len(pairs) + 1, 2, dtype=torch.float64)
+    [batch] = dpo.step_batches(settings, pairs, list(range(len(pairs))), tokenizer.pad, ONE)
+    found, _ = dpo.batch_loss(model, batch, references, settings, ONE, fp32)
+    expected = 0.0
+    for pair, (ref_w, ref_l) in zip(pairs, references.tolist()):
+        pi_w, pi_l = (answer_nats(model, answer) for answer in (pair.chosen, pair.rejected))
+        margin = 0.3 * ((pi_w.sum() - ref_w) - (pi_l.sum() - ref_l))
+        expected += np.log1p(np.exp(-margin)) - 0.5 * pi_w.mean()
+    assert found.item() == pytest.approx(expected, rel=1e-9)
+
+
+def answer_nats(model, answer):
+    """Log-probability of each answer token, from the logits of the answer alone, unpadded."""
+    with torch.no_grad():
+        logits = model(torch.from_numpy(answer.ids)[None])[0].numpy()  # (T, V)
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return np.array([logprobs[t - 1, answer.ids[t]] for t in np.flatnonzero(answer.trained)])
+
+
 def test_the_answer_and_its_end_count_and_nothing_of_the_prompt(tmp_path):
     pairs, tokenizer = some_pairs(tmp_path)
     _, targets = dpo.collate(pairs, tokenizer.pad)
     said = [tokenizer.decode(row[row >= 0].tolist()) for row in targets]
     assert all(text.endswith("<|im_end|>") and text.count("<|im_") == 1 for text in said)
     assert all("shepherd" not in text and "sleep?" not in text for text in said)
+    earlier = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ahoy!"},
+               {"role": "user", "content": "再见"}]
+    answer = dpo.encode_answer(tokenizer, earlier, [{"role": "assistant", "content": "一路顺风。"}])
+    assert tokenizer.decode(answer.ids[answer.trained]) == "一路顺风。<|im_end|>"
 
 
 def test_a_ranking_gives_a_best_answer_and_lower_ones_and_never_a_tie():
@@ -81,6 +107,14 @@ def test_padding_and_the_split_into_micro_batches_change_nothing(tmp_path):
     for loss, gradient in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-5)
         torch.testing.assert_close(gradient, results[0][1], atol=1e-6, rtol=1e-3)
+
+
+def test_ranks_share_the_pairs_of_a_step(tmp_path):
+    pairs, tokenizer = some_pairs(tmp_path)
+    shares = [[n for numbers, *_ in dpo.step_batches(options(), pairs, [4, 0, 2], tokenizer.pad,
+                                                     Ranks(rank, 2, ONE.device)) for n in numbers.tolist()]
+              for rank in (0, 1)]
+    assert shares == [[4, 0], [2, -1]]
 
 
 def test_a_step_without_a_pair_is_zero_and_not_nan():
@@ -142,4 +176,4 @@ def test_two_ranks_equal_one(tmp_path):
     assert len(one) == len(two)
     for left, right in zip(one, two):
         for a, b in zip(left, right):
-            assert (a is None and b is None) or b == pytest.approx(a, rel=1e-4, abs=1e-6)
+            assert (a is None and b is None) or b == pytest.approx(a, rel=1e-5, abs=1e-6)

@@ -15,7 +15,8 @@ from hypothesis import given, settings, strategies as st
 
 import ppo
 import reward
-from model import Ranks, RewardModel, autocast, load_folder, newest_state, read_safetensors, save_folder
+from model import (Ranks, RewardModel, autocast, choose_dtype, load_folder, newest_state, read_safetensors,
+                   save_folder)
 from test_pretrain import assert_same_run, metrics
 from tiny import ROOT, command_line, environment, launch, run, tiny, write_jsonl
 from tokenizer import InputError, Tokenizer
@@ -325,3 +326,10 @@ def test_what_cannot_work_is_refused_in_one_line(tmp_path, capsys, changes, extr
     assert run("ppo", *ppo_arguments(tmp_path / "out", **changes), *extra) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("ppo.py: ") and expected in message
+
+
+def test_the_probed_dtype_is_kept_for_when_the_run_is_resumed(tmp_path):
+    (tmp_path / "out").mkdir()
+    options, record = ppo.Options(model="", data=[], out=str(tmp_path / "out")), {"stage": "ppo"}
+    chosen = choose_dtype(options, ONE, record)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["dtype"] == chosen
