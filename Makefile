@@ -220,20 +220,21 @@ $(RUN)/hacking/.finished: $(RUN)/reward/.finished $(RUN)/.options/hacking | $(RE
 $(RUN)/dpo/.finished: $(RUN)/sft/.finished $(ASKED_IN) $(filter-out $(ASKED),$(RANKED)) $(RUN)/.options/dpo | $(READY)
 	$(call train,dpo)
 
+# The folder $@ is in, from the stage $1, in $2 bits.
+define quantize
+$(begin)
+$(PY) quantize.py --model $(RUN)/$1 --bits $2 --out $(@D)
+@touch $@
+endef
+
 $(RUN)/%-int8/.finished: $(RUN)/%/.finished | $(READY)
-	$(begin)
-	$(PY) quantize.py --model $(RUN)/$* --bits 8 --out $(@D)
-	@touch $@
+	$(call quantize,$*,8)
 
 $(RUN)/%-int4/.finished: $(RUN)/%/.finished | $(READY)
-	$(begin)
-	$(PY) quantize.py --model $(RUN)/$* --bits 4 --out $(@D)
-	@touch $@
+	$(call quantize,$*,4)
 
 $(RUN)/int4/.finished: $(RUN)/dpo/.finished | $(READY)
-	$(begin)
-	$(PY) quantize.py --model $(RUN)/dpo --bits 4 --out $(@D)
-	@touch $@
+	$(call quantize,dpo,4)
 
 hacking: $(RUN)/hacking/.finished $(RUN)/report.html
 	$(PY) evaluate.py --rescore --hacking $(RUN)/hacking --out $(RUN)/report.html

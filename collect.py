@@ -12,7 +12,6 @@ sampled depends on --seed and the prompt's place in the data only, not on batche
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import sys
@@ -21,15 +20,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 
-import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-from model import generate, load_folder, process_group, say, stop_ids, write_json
-from tokenizer import (InputError, check_messages, encode_chat, load_scorer, one_line_errors, option,
-                       parse_options, read_jsonl, write_whole)
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from model import DTYPES, generate, load_folder, process_group, say, stop_ids, write_json
+from tokenizer import (InputError, check_messages, encode_chat, held_out, jsonl_files, load_scorer,
+                       messages_of, name_of, one_line_errors, option, parse_options, read_jsonl, write_whole)
 
 
 @dataclass(kw_only=True)
@@ -70,42 +65,17 @@ class Item:
 # Data: JSONL -> prompts, each with the written answers drawn for it
 
 
-def data_files(paths):
-    """The .jsonl and .jsonl.gz files that paths name, folders walked in sorted order."""
-    files = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise InputError(f"{path}: no such file")
-        inside = sorted(p for p in path.rglob("*") if p.name.endswith((".jsonl", ".jsonl.gz")))
-        found = inside if path.is_dir() else [path]
-        if not found:
-            raise InputError(f"{path}: no .jsonl file in this folder")
-        files += found
-    return files
-
-
 def prompt_messages(record):
     """The message list of a record's `prompt`, which is text (a user's message) or a message list."""
     if "prompt" not in record:
         raise InputError("no `prompt`")
-    prompt = record["prompt"]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = messages_of(record["prompt"])
     check_messages(messages)
     if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
         raise InputError("a prompt ends with what a user says, and it is not empty")
     if not isinstance(record.get("meta", {}), dict):
         raise InputError("meta must be an object")
     return messages
-
-
-def name_of(messages):
-    """A prompt as text: what it is looked up by, and what randomness depends on."""
-    return json.dumps(messages, sort_keys=True)
-
-
-def held_out(messages):
-    """Whether a prompt is among the 5 % with the smallest hashes, on which reward.py and dpo.py validate."""
-    return int.from_bytes(hashlib.sha256(name_of(messages).encode()).digest()[:4], "big") / 2**32 < 0.05
 
 
 def read_written(files):
@@ -126,9 +96,9 @@ def read_written(files):
 
 def read_items(options, tokenizer, room, counts):
     """The first --limit prompts as Items. One that leaves no room for an answer is left out and counted."""
-    written = read_written(data_files([options.written])) if options.written else {}
+    written = read_written(jsonl_files([options.written])) if options.written else {}
     items = []
-    for file in data_files(options.data):
+    for file in jsonl_files(options.data):
         for number, record in read_jsonl(file):
             if counts["prompts"] == options.limit:
                 break
@@ -180,10 +150,7 @@ def sample_answers(model, tokenizer, items, stop, options, ranks):
                            seed=options.seed, rows=[i * options.k + j for i, j in batch])
         for row, sample in zip(batch, samples):
             texts[row] = tokenizer.decode(sample.ids[:-1] if sample.finished else sample.ids)
-    if ranks.world_size > 1:
-        shares = [None] * ranks.world_size
-        dist.all_gather_object(shares, texts)
-        texts = {row: text for share in shares for row, text in share.items()}
+    texts = {row: text for share in ranks.gather(texts) for row, text in share.items()}
     return [[texts[i, j] for j in range(options.k - len(item.written))] for i, item in enumerate(items)]
 
 
@@ -301,7 +268,7 @@ def check_options(options):
         raise InputError(f"--out {out} is a folder; name a file")
     if out.exists() and not options.overwrite:
         raise InputError(f"{out}: finished already; --overwrite replaces it")
-    inputs = data_files(options.data + ([options.written] if options.written else []))
+    inputs = jsonl_files(options.data + ([options.written] if options.written else []))
     if out.resolve() in [file.resolve() for file in inputs]:
         raise InputError(f"--out {out} is one of the files it is made from; choose another --out")
 

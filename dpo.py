@@ -10,8 +10,6 @@ once, before the first step.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import sys
 import time
@@ -26,8 +24,8 @@ import torch.nn.functional as F
 from model import (Metrics, Ranks, Stepper, StopSignal, accumulate, autocast, choose_dtype, export_best,
                    fingerprint, finish_run, keep_best, learning_rate, load_folder, load_state, make_optimizer,
                    open_run, process_group, save_folder, save_state, say, wrap_ddp)
-from tokenizer import (InputError, check_messages, encode_chat, one_line_errors, option, parse_options,
-                       read_jsonl)
+from tokenizer import (InputError, encode_chat, held_out, jsonl_files, name_of, one_line_errors, option,
+                       parse_options, read_jsonl, record_ranking)
 
 
 @dataclass(kw_only=True)
@@ -88,51 +86,6 @@ class Pair:
 # Data: JSONL -> rankings -> pairs -> tensors
 
 
-def data_files(paths):
-    """The .jsonl and .jsonl.gz files that paths name, folders walked in sorted order."""
-    files = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise InputError(f"{path}: no such file")
-        inside = sorted(p for p in path.rglob("*") if p.name.endswith((".jsonl", ".jsonl.gz")))
-        found = inside if path.is_dir() else [path]
-        if not found:
-            raise InputError(f"{path}: no .jsonl file in this folder")
-        files += found
-    return files
-
-
-def as_messages(side, role):
-    """Text as the one message of a role, or a message list as it is, which must end with that role."""
-    messages = [{"role": role, "content": side}] if isinstance(side, str) else side
-    check_messages(messages)
-    if messages[-1]["role"] != role:
-        raise InputError(f"expected a last message of the {role}'s, found the {messages[-1]['role']}'s")
-    return messages
-
-
-def record_ranking(record):
-    """(prompt, answers, ranks) of a record: message lists, and 1 for the best. A pair is a ranking of two."""
-    if "prompt" not in record:
-        raise InputError("no `prompt`")
-    prompt = as_messages(record["prompt"], "user")
-    if "chosen" in record and "rejected" in record:
-        answers, ranks = [as_messages(record[side], "assistant") for side in ("chosen", "rejected")], [1, 2]
-        if not answers[0][-1]["content"].strip():
-            raise InputError("the chosen answer is empty")
-    elif "completions" in record and "ranks" in record:
-        answers, ranks = record["completions"], record["ranks"]
-        lists = isinstance(answers, list) and isinstance(ranks, list)
-        if not lists or not len(answers) == len(ranks) >= 2:
-            raise InputError("`completions` and `ranks` must be lists of one length, 2 or more")
-        if not all(type(rank) is int and rank >= 1 for rank in ranks):
-            raise InputError(f"ranks are whole numbers from 1, the best; found {ranks!r:.40}")
-        answers = [as_messages(answer, "assistant") for answer in answers]
-    else:
-        raise InputError("neither `chosen` and `rejected` nor `completions` and `ranks`")
-    return prompt, answers, ranks
-
-
 def encode_answer(tokenizer, prompt, answer):
     """An Answer: what the assistant says in it is trained, with its <|im_end|>; nothing of the prompt."""
     ids, trained = encode_chat(tokenizer, prompt + answer)
@@ -153,7 +106,7 @@ def draw_pairs(answers, ranks, count, seed, name):
 
 
 def read_pairs(files, tokenizer, options, counts):
-    """All pairs as (hash of the prompt in 0..1, Pair). Counts what is bad, too long, or without a pair."""
+    """All pairs as (held out?, Pair). Counts what is bad, too long, or without a pair."""
     pairs = []
     for file in files:
         for number, record in read_jsonl(file):
@@ -171,21 +124,19 @@ def read_pairs(files, tokenizer, options, counts):
             if len({rank for _, rank in short}) < 2:
                 counts["no_pair"] += 1
                 continue
-            name = json.dumps(prompt, sort_keys=True)
-            place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
-            drawn = draw_pairs(*zip(*short), options.pairs_per_prompt, options.seed, name)
-            pairs += [(place, pair) for pair in drawn]
+            drawn = draw_pairs(*zip(*short), options.pairs_per_prompt, options.seed, name_of(prompt))
+            pairs += [(held_out(prompt), pair) for pair in drawn]
     return pairs
 
 
 def split_pairs(options, tokenizer, counts):
     """(training, validation) pairs: --valid FILE, else the 5 % of the prompts with the smallest hashes."""
-    pairs = read_pairs(data_files(options.data), tokenizer, options, counts)
+    pairs = read_pairs(jsonl_files(options.data), tokenizer, options, counts)
     if options.valid:
-        valid = read_pairs(data_files([options.valid]), tokenizer, options, counts)
+        valid = read_pairs(jsonl_files([options.valid]), tokenizer, options, counts)
         train, valid = [p for _, p in pairs], [p for _, p in valid]
     else:
-        train, valid = [p for h, p in pairs if h >= 0.05], [p for h, p in pairs if h < 0.05]
+        train, valid = [p for held, p in pairs if not held], [p for held, p in pairs if held]
     if not train:
         raise InputError(f"{' '.join(options.data)}: no pair left to train on")
     return train, valid or train[:1]
@@ -345,7 +296,7 @@ def train(options, ranks):
         raise InputError(f"--max-length {options.max_length} is beyond the model's {longest}")
     counts = {"bad": 0, "too_long": 0, "no_pair": 0}
     train_set, valid_set = split_pairs(options, tokenizer, counts)
-    files = data_files(options.data + ([options.valid] if options.valid else []))
+    files = jsonl_files(options.data + ([options.valid] if options.valid else []))
     weights = Path(options.model).glob("*.safetensors")
     run, state = open_run("dpo", options, ranks, {"model": fingerprint(weights), "data": fingerprint(files)})
 

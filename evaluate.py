@@ -33,16 +33,13 @@ from pathlib import Path
 
 import matplotlib
 import torch
-import torch.distributed as dist
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from model import (RewardModel, bits_per_byte, generate, load_folder, process_group, read_json, say, stop_ids,
-                   write_json)
-from tokenizer import InputError, check_messages, encode_chat, load_scorer, read_jsonl, read_tokens
-from tokenizer import one_line_errors, option, parse_options, write_whole
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from model import (DTYPES, RewardModel, bits_per_byte, generate, load_folder, process_group, read_json, say,
+                   stop_ids, write_json)
+from tokenizer import (InputError, check_messages, encode_chat, load_scorer, messages_of, one_line_errors,
+                       option, parse_options, read_jsonl, read_tokens, write_whole)
 
 
 @dataclass(kw_only=True)
@@ -204,10 +201,6 @@ def lang_of(record):
     return lang
 
 
-def messages_of(prompt):
-    return prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-
-
 def key_of(item):
     return item["kind"], json.dumps(item["prompt"], ensure_ascii=False)
 
@@ -270,11 +263,7 @@ def answer_prompts(model, tokenizer, items, stop, options, ranks, name=""):
 
 def gathered(found, ranks):
     """What all ranks found, {what: result}: each has looked for other things."""
-    if ranks.world_size == 1:
-        return found
-    shares = [None] * ranks.world_size
-    dist.all_gather_object(shares, found)
-    return {i: result for share in shares for i, result in share.items()}
+    return {i: result for share in ranks.gather(found) for i, result in share.items()}
 
 
 def verdict_of(score, prompt, answer, meta):

@@ -741,8 +741,8 @@ ARCHITECTURES = {CausalLM: "Qwen3ForCausalLM", RewardModel: "Qwen3ForSequenceCla
 def load_folder(folder, device="cpu", dtype=torch.float32, kind=CausalLM):
     """A checkpoint folder -> (model, Tokenizer). A LoRA adapter's folder gives its base, adapter merged.
 
-    kind: CausalLM or RewardModel. A quantized folder stays packed, to be read and not trained. InputError for a
-    folder that is missing, damaged, or of another kind.
+    kind: CausalLM or RewardModel. A quantized folder stays packed, to be read and not trained. InputError for
+    a folder that is missing, damaged, or of another kind.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -936,6 +936,14 @@ class Ranks:
             dist.all_reduce(total)
         return total.tolist()
 
+    def gather(self, value):
+        """Every rank's value, in the order of ranks, on all ranks."""
+        values = [value]
+        if self.world_size > 1:
+            values *= self.world_size
+            dist.all_gather_object(values, value)
+        return values
+
     def rows(self, batch):
         """This rank's share of a step's rows: contiguous, equal."""
         share = len(batch) // self.world_size
@@ -1005,11 +1013,14 @@ def probe_dtype(device):
     return "bf16" if seconds[1] * 1.3 < seconds[0] else "fp32"
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def autocast(device, dtype):
     """Matrix products in bf16 or fp16, everything that adds up in fp32; nothing for fp32."""
     if dtype == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
+    return torch.autocast(device.type, DTYPES[dtype])
 
 
 def choose_dtype(options, ranks, run):

@@ -12,7 +12,6 @@ N answers of a rollout, A tokens of its longest answer.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import sys
@@ -22,13 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 
 from model import (Metrics, RewardModel, Stepper, StopSignal, accumulate, autocast, choose_dtype, fingerprint,
                    finish_run, generate, learning_rate, load_folder, load_state, make_optimizer, open_run,
                    process_group, save_folder, save_state, say, wrap_ddp, write_text)
-from tokenizer import InputError, encode_chat, load_scorer, one_line_errors, option, parse_options, read_jsonl
+from tokenizer import (InputError, encode_chat, held_out, jsonl_files, load_scorer, messages_of,
+                       one_line_errors, option, parse_options, read_jsonl)
 
 
 @dataclass(kw_only=True)
@@ -113,30 +112,6 @@ class Models:
 # Data: JSONL -> prompts -> the prompts of a step
 
 
-def data_files(paths):
-    """The .jsonl and .jsonl.gz files that paths name, folders walked in sorted order."""
-    files = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise InputError(f"{path}: no such file")
-        inside = sorted(p for p in path.rglob("*") if p.name.endswith((".jsonl", ".jsonl.gz")))
-        found = inside if path.is_dir() else [path]
-        if not found:
-            raise InputError(f"{path}: no .jsonl file in this folder")
-        files += found
-    return files
-
-
-def messages_of(prompt):
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
-def held_out(prompt):
-    """Whether a prompt is among the 5 % with the smallest hashes, on which reward.py and dpo.py validate."""
-    name = json.dumps(messages_of(prompt), sort_keys=True)
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32 < 0.05
-
-
 def encode_prompt(tokenizer, record):
     """The record's prompt (a message list, or the user's words) with the head of the answer, as ids."""
     if "prompt" not in record:
@@ -163,7 +138,7 @@ def read_prompts(files, tokenizer, options, counts):
                     raise InputError(f"{place}: {error} (--skip-bad goes on without such lines)") from None
                 counts["bad"] += 1
                 continue
-            if options.train_part and held_out(record["prompt"]):
+            if options.train_part and held_out(messages_of(record["prompt"])):
                 counts["held_out"] += 1
                 continue
             if len(ids) > options.max_length:
@@ -223,11 +198,7 @@ def collate(answers, pad, width):
 
 def gather(ranks, share):
     """Every rank's list, joined in the order of ranks, on all ranks."""
-    if ranks.world_size == 1:
-        return share
-    shares = [None] * ranks.world_size
-    dist.all_gather_object(shares, share)
-    return [item for part in shares for item in part]
+    return [item for part in ranks.gather(share) for item in part]
 
 
 def rule_score(options, scorer, prompt, text):
@@ -527,7 +498,7 @@ def train(options, ranks):
     check_options(options, ranks)
     scorer = load_scorer(options.rules) if options.rules else None
     *loaded, tokenizer = load_models(options, ranks)
-    counts, files = {"bad": 0, "held_out": 0, "too_long": 0}, data_files(options.data)
+    counts, files = {"bad": 0, "held_out": 0, "too_long": 0}, jsonl_files(options.data)
     prompts = read_prompts(files, tokenizer, options, counts)
     run, state = open_run("ppo", options, ranks, run_inputs(options, files))
     dtype, pad = choose_dtype(options, ranks, run), tokenizer.pad or 0

@@ -40,10 +40,10 @@ class Options:
 def quantize(weight, bits, group):
     """Round to nearest, symmetric (Nagel et al. 2021, section 2.2.1), with a scale for each group of a row.
 
-    weight: (out, in) fp32. Returns codes (out, in) int8 and scales (out, in / group) bf16. A group's scale puts
-    its largest weight on the largest code, or its lowest on the lowest: no error is above half a scale, and
-    quantized weights quantize to themselves (with 8 bits a scale of bf16 is just fine enough for that, and
-    scale * code is exact in fp32).
+    weight: (out, in) fp32. Returns codes (out, in) int8 and scales (out, in / group) bf16. A group's scale
+    puts its largest weight on the largest code, or its lowest on the lowest: no error is above half a scale,
+    and quantized weights quantize to themselves (with 8 bits a scale of bf16 is just fine enough for that,
+    and scale * code is exact in fp32).
     """
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     groups = weight.unflatten(1, (-1, group))  # (out, in / group, group)

@@ -9,7 +9,6 @@ answer. Only differences between answers to one prompt are trained, so the zero 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import sys
@@ -24,8 +23,8 @@ import torch.nn.functional as F
 from model import (Metrics, RewardModel, Stepper, StopSignal, accumulate, autocast, choose_dtype,
                    export_best, fingerprint, finish_run, keep_best, learning_rate, load_folder, load_state,
                    make_optimizer, open_run, process_group, save_folder, save_state, say, wrap_ddp)
-from tokenizer import (InputError, check_messages, encode_chat, one_line_errors, option, parse_options,
-                       read_jsonl, write_whole)
+from tokenizer import (InputError, encode_chat, held_out, jsonl_files, one_line_errors, option, parse_options,
+                       read_jsonl, record_ranking, write_whole)
 
 
 @dataclass(kw_only=True)
@@ -76,52 +75,8 @@ class Ranking:
 # Data: JSONL -> rankings -> tensors
 
 
-def data_files(paths):
-    """The .jsonl and .jsonl.gz files that paths name, folders walked in sorted order."""
-    files = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise InputError(f"{path}: no such file")
-        inside = sorted(p for p in path.rglob("*") if p.name.endswith((".jsonl", ".jsonl.gz")))
-        found = inside if path.is_dir() else [path]
-        if not found:
-            raise InputError(f"{path}: no .jsonl file in this folder")
-        files += found
-    return files
-
-
-def as_messages(side, role):
-    """Text as the one message of a role, or a message list as it is, which must end with that role."""
-    messages = [{"role": role, "content": side}] if isinstance(side, str) else side
-    check_messages(messages)
-    if messages[-1]["role"] != role:
-        raise InputError(f"expected a last message of the {role}'s, found the {messages[-1]['role']}'s")
-    return messages
-
-
-def record_ranking(record):
-    """(prompt, answers, ranks) of a record: message lists, and 1 for the best. A pair is a ranking of two."""
-    if "prompt" not in record:
-        raise InputError("no `prompt`")
-    prompt = as_messages(record["prompt"], "user")
-    if "chosen" in record and "rejected" in record:
-        answers, ranks = [as_messages(record[side], "assistant") for side in ("chosen", "rejected")], [1, 2]
-        if not answers[0][-1]["content"].strip():
-            raise InputError("the chosen answer is empty")
-    elif "completions" in record and "ranks" in record:
-        answers, ranks = record["completions"], record["ranks"]
-        if not isinstance(answers, list) or not isinstance(ranks, list) or len(answers) != len(ranks) \
-                or len(ranks) < 2 or not all(type(rank) is int and rank >= 1 for rank in ranks):
-            raise InputError("`completions` and `ranks` must be lists of one length, at least 2; ranks are "
-                             "whole numbers from 1, the best")
-        answers = [as_messages(answer, "assistant") for answer in answers]
-    else:
-        raise InputError("neither `chosen` and `rejected` nor `completions` and `ranks`")
-    return prompt, answers, ranks
-
-
 def read_rankings(files, tokenizer, options, counts):
-    """All rankings as (hash of the prompt in 0..1, Ranking). Counts what is bad, too long, or all tied."""
+    """All rankings as (held out?, Ranking). Counts what is bad, too long, or all tied."""
     rankings = []
     for file in files:
         for number, record in read_jsonl(file):
@@ -142,20 +97,19 @@ def read_rankings(files, tokenizer, options, counts):
             texts = [a[0]["content"] if len(a) == 1 else a for a in answers]
             kept = {"prompt": record["prompt"], "completions": [texts[i] for i in short],
                     "meta": record.get("meta", {})}
-            name = json.dumps(prompt, sort_keys=True)
-            place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
-            rankings.append((place, Ranking([encoded[i] for i in short], [ranks[i] for i in short], kept)))
+            ranking = Ranking([encoded[i] for i in short], [ranks[i] for i in short], kept)
+            rankings.append((held_out(prompt), ranking))
     return rankings
 
 
 def split_rankings(options, tokenizer, counts):
     """(training, validation) rankings: --valid FILE, else the 5 % of the prompts with the smallest hashes."""
-    rankings = read_rankings(data_files(options.data), tokenizer, options, counts)
+    rankings = read_rankings(jsonl_files(options.data), tokenizer, options, counts)
     if options.valid:
-        valid = read_rankings(data_files([options.valid]), tokenizer, options, counts)
+        valid = read_rankings(jsonl_files([options.valid]), tokenizer, options, counts)
         train, valid = [r for _, r in rankings], [r for _, r in valid]
     else:
-        train, valid = [r for h, r in rankings if h >= 0.05], [r for h, r in rankings if h < 0.05]
+        train, valid = [r for held, r in rankings if not held], [r for held, r in rankings if held]
     if not train:
         raise InputError(f"{' '.join(options.data)}: no ranking left to train on")
     return train, valid or train[:1]
@@ -339,7 +293,7 @@ def train(options, ranks):
         raise InputError(f"{options.model}: its tokenizer has no padding token, which batches need")
     counts, pad = {"bad": 0, "too_long": 0, "no_pair": 0}, tokenizer.pad
     train_set, valid_set = split_rankings(options, tokenizer, counts)
-    files = data_files(options.data + ([options.valid] if options.valid else []))
+    files = jsonl_files(options.data + ([options.valid] if options.valid else []))
     weights = Path(options.model).glob("*.safetensors")
     run, state = open_run("reward", options, ranks,
                           {"model": fingerprint(weights), "data": fingerprint(files)})

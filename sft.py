@@ -10,8 +10,6 @@ stay inside each, so that packing changes nothing but speed.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import sys
 import time
@@ -25,7 +23,8 @@ from model import (Metrics, Stepper, StopSignal, accumulate, add_lora, autocast,
                    export_best, fingerprint, finish_run, keep_best, learning_rate, load_folder, load_state,
                    make_optimizer, merge_lora, open_run, process_group, read_json, save_adapter, save_folder,
                    save_state, say, train_rows_only, wrap_ddp)
-from tokenizer import InputError, encode_chat, one_line_errors, option, parse_options, read_jsonl, read_tokens
+from tokenizer import (InputError, encode_chat, held_out, jsonl_files, messages_of, one_line_errors, option,
+                       parse_options, read_jsonl, read_tokens)
 
 
 @dataclass(kw_only=True)
@@ -79,20 +78,6 @@ class Example:
 # Data: JSONL -> examples -> packed rows -> tensors
 
 
-def data_files(paths):
-    """The .jsonl and .jsonl.gz files that paths name, folders walked in sorted order."""
-    files = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise InputError(f"{path}: no such file")
-        inside = sorted(p for p in path.rglob("*") if p.name.endswith((".jsonl", ".jsonl.gz")))
-        found = inside if path.is_dir() else [path]
-        if not found:
-            raise InputError(f"{path}: no .jsonl file in this folder")
-        files += found
-    return files
-
-
 def record_messages(record):
     """The message list of a record: `messages`, or `prompt` and `completion` (strings or message lists)."""
     if "messages" in record:
@@ -103,8 +88,7 @@ def record_messages(record):
             if not isinstance(side, str | list):
                 kind = type(side).__name__
                 raise InputError(f"{role}'s side must be text or a list of messages, found {kind}")
-        messages = [m for role, side in sides
-                    for m in ([{"role": role, "content": side}] if isinstance(side, str) else side)]
+        messages = [m for role, side in sides for m in messages_of(side, role)]
     else:
         raise InputError("neither `messages` nor `prompt` and `completion`")
     if isinstance(messages, list) and messages and isinstance(messages[-1], dict):
@@ -116,7 +100,7 @@ def record_messages(record):
 
 
 def read_examples(files, tokenizer, max_length, skip_bad, counts):
-    """All dialogues as (hash of its text in 0..1, Example). Counts what is bad, cut, or too long to keep."""
+    """All dialogues as (held out?, Example). Counts what is bad, cut, or too long to keep."""
     examples = []
     for file in files:
         for number, record in read_jsonl(file):
@@ -133,21 +117,20 @@ def read_examples(files, tokenizer, max_length, skip_bad, counts):
             if not any(trained[1:max_length]):
                 counts["too_long"] += 1  # the question alone fills the row
                 continue
-            digest = hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).digest()
             example = Example(np.array(ids[:max_length]), np.array(trained[:max_length]))
-            examples.append((int.from_bytes(digest[:4], "big") / 2**32, example))
+            examples.append((held_out(messages), example))
     return examples
 
 
 def split_examples(options, tokenizer, counts):
     """(training, validation) examples: --valid FILE, else the 5 % of the data with the smallest hashes."""
     settings = tokenizer, options.max_length, options.skip_bad, counts
-    examples = read_examples(data_files(options.data), *settings)
+    examples = read_examples(jsonl_files(options.data), *settings)
     if options.valid:
-        valid = read_examples(data_files([options.valid]), *settings)
+        valid = read_examples(jsonl_files([options.valid]), *settings)
         train, valid = [e for _, e in examples], [e for _, e in valid]
     else:
-        train, valid = [e for h, e in examples if h >= 0.05], [e for h, e in examples if h < 0.05]
+        train, valid = [e for held, e in examples if not held], [e for held, e in examples if held]
     if not train:
         raise InputError(f"{' '.join(options.data)}: no example left to train on")
     return train, valid or train[:1]
@@ -303,7 +286,7 @@ def train(options, ranks):
         raise InputError(f"--max-length {options.max_length} is beyond the model's {longest}")
     counts = {"bad": 0, "cut": 0, "too_long": 0}
     train_set, valid_set = split_examples(options, tokenizer, counts)
-    files = data_files(options.data + ([options.valid] if options.valid else []))
+    files = jsonl_files(options.data + ([options.valid] if options.valid else []))
     shards = read_tokens(options.replay, "train", tokenizer) if options.replay else []
     replay = [Path(options.replay) / "index.json"] if options.replay else []
     weights = Path(options.model).glob("*.safetensors")

@@ -402,6 +402,11 @@ def check_messages(messages):
             raise InputError(f"message {i}: unknown role {message['role']!r:.40}; use {', '.join(ROLES)}")
 
 
+def messages_of(side, role="user"):
+    """Text as the one message of a role, or a message list as it is."""
+    return [{"role": role, "content": side}] if isinstance(side, str) else side
+
+
 def encode_chat(tokenizer, messages, generation_prompt=False):
     """A dialogue in ChatML -> (ids, trained): two lists of one length.
 
@@ -631,7 +636,7 @@ def read_texts(path):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What every script needs: errors told in one line, options from a dataclass, JSON lines.
+# What every script needs: errors told in one line, options from a dataclass, JSON lines and what is in them.
 
 
 class InputError(Exception):
@@ -761,6 +766,64 @@ def read_jsonl(path):
             raise InputError(f"{path}:{number}: not a line of JSON ({error}); mend or remove it") from None
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise InputError(f"{path}: a damaged .gz file after line {number} ({error})") from None
+
+
+def jsonl_files(paths):
+    """The .jsonl and .jsonl.gz files that paths name, folders walked in sorted order."""
+    files = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise InputError(f"{path}: no such file")
+        inside = sorted(p for p in path.rglob("*") if p.name.endswith((".jsonl", ".jsonl.gz")))
+        found = inside if path.is_dir() else [path]
+        if not found:
+            raise InputError(f"{path}: no .jsonl file in this folder")
+        files += found
+    return files
+
+
+def name_of(messages):
+    """A message list as text: what it is known by, whatever the order of its keys in the file."""
+    return json.dumps(messages, sort_keys=True)
+
+
+def held_out(messages):
+    """Whether a dialogue, or a prompt, is among the 5 % with the smallest hashes, which are validated on.
+
+    It is one rule for all stages: collect.py and ppo.py can leave out what reward.py and dpo.py hold out.
+    """
+    return int.from_bytes(hashlib.sha256(name_of(messages).encode()).digest()[:4], "big") / 2**32 < 0.05
+
+
+def as_messages(side, role):
+    """Text as the one message of a role, or a message list as it is, which must end with that role."""
+    messages = messages_of(side, role)
+    check_messages(messages)
+    if messages[-1]["role"] != role:
+        raise InputError(f"expected a last message of the {role}'s, found the {messages[-1]['role']}'s")
+    return messages
+
+
+def record_ranking(record):
+    """(prompt, answers, ranks) of a preference: message lists, 1 for the best. A pair is a ranking of two."""
+    if "prompt" not in record:
+        raise InputError("no `prompt`")
+    prompt = as_messages(record["prompt"], "user")
+    if "chosen" in record and "rejected" in record:
+        answers, ranks = [as_messages(record[side], "assistant") for side in ("chosen", "rejected")], [1, 2]
+        if not answers[0][-1]["content"].strip():
+            raise InputError("the chosen answer is empty")
+    elif "completions" in record and "ranks" in record:
+        answers, ranks = record["completions"], record["ranks"]
+        lists = isinstance(answers, list) and isinstance(ranks, list)
+        if not lists or not len(answers) == len(ranks) >= 2:
+            raise InputError("`completions` and `ranks` must be lists of one length, 2 or more")
+        if not all(type(rank) is int and rank >= 1 for rank in ranks):
+            raise InputError(f"ranks are whole numbers from 1, the best; found {ranks!r:.40}")
+        answers = [as_messages(answer, "assistant") for answer in answers]
+    else:
+        raise InputError("neither `chosen` and `rejected` nor `completions` and `ranks`")
+    return prompt, answers, ranks
 
 
 # ---------------------------------------------------------------------------------------------------------
