@@ -33,15 +33,15 @@ TYPES = tuple(TEXTS["pair"])
 
 # What a seed draws from the larger pools: names of each type, values of each attribute, recipes of each kind.
 NAMES, VALUES = 16, 12
-RECIPES = {"harm_a": 8, "harm_b": 8, "harm_c": 8, "potion": 14, "drink": 16}
+RECIPES = {"harm_a": 8, "harm_b": 8, "harm_c": 8, "potion": 24, "drink": 16}
 ENTITY_SPLITS = ["train"] * 6 + ["valid"] + ["test"] * 3  # of every ten names
 # Of every ten recipes. Harmful ones are the same in all splits.
 RECIPE_SPLITS = ["train"] * 8 + ["valid"] + ["test"]
 
 # SFT examples over both languages, and prompts of each kind in each language.
-SFT = {"facts": 3000, "multi": 200, "format": 2400, "unknown": 500, "harm_a": 1150, "safe": 1700,
+SFT = {"facts": 3000, "multi": 200, "format": 2400, "unknown": 700, "harm_a": 1150, "safe": 1700,
        "arithmetic": 250, "role": 150, "chat": 32}
-PROMPTS = {"facts": 500, "format": 150, "unknown": 120, "harm_a": 150, "harm_b": 300, "safe": 550,
+PROMPTS = {"facts": 600, "format": 150, "unknown": 160, "harm_a": 180, "harm_b": 340, "safe": 800,
            "arithmetic": 40, "role": 40}
 VALID = {"facts": 120, "facts_heldout": 80, "cloze": 100, "format": 60, "unknown": 60, "harm_a": 60,
          "harm_b": 60, "harm_c": 60, "safe": 60, "arithmetic": 30, "role": 20, "chat": 4}
@@ -190,16 +190,24 @@ def phrasings(texts: list) -> list[str]:
 
 @functools.cache
 def questions(type_: str, attribute: str, lang: str, split: str) -> list[tuple[str, int]]:
-    """(question with {x}, index of the telling that answers it). No two splits share a question."""
+    """(question with {x}, index of the telling that answers it). No two splits share a question.
+
+    "more" is for training as well: the books ask in the phrasings of "train" only, chats and prompts in both.
+    """
     pair, frames = TEXTS["pair"][type_][attribute], phrasings(TEXTS["frames"]["ask"][split][lang])
     half = len(TEXTS["frames"]["tell"][lang])
     common = [(fill_noun(f, noun), i * half) for i, noun in enumerate(pair["noun"][lang]) for f in frames]
     asked = pair["ask"][lang]
-    own = {"train": asked[:2] + pair["more"][lang], "valid": asked[2:], "test": pair["test"][lang]}[split]
+    own = {"valid": asked[2:], "test": pair["test"][lang]}.get(split, asked[:2] + pair["more"][lang])
     direct = [(q, 2 * half) for q in own]
     # The composed ones are many more: in training, where one is drawn at random, every fourth shall be
     # direct.
-    return common + direct * (max(1, len(common) // (3 * len(direct))) if split == "train" else 1)
+    return common + direct * (max(1, len(common) // (3 * len(direct))) if split in ("train", "more") else 1)
+
+
+def wider(rng: Random, split: str) -> str:
+    """Which phrasings a question of a split takes: in training, half of the time those the books never use."""
+    return "more" if split == "train" and rng.random() < .5 else split
 
 
 def say_step(action: Word, thing: Word, lang: str) -> str:
@@ -260,7 +268,7 @@ def json_text(values: dict[str, str], lang: str) -> str:
 def fact_item(world: World, rng: Random, lang: str, split: str, entities: str = "train") -> tuple:
     entity = rng.choice([e for e in world.entities if e.split == entities])
     attribute = rng.choice(attributes(entity.type))
-    question, index = rng.choice(questions(entity.type, attribute, lang, split))
+    question, index = rng.choice(questions(entity.type, attribute, lang, wider(rng, split)))
     opener = rng.choice(TEXTS["openers"][lang]) if split == "train" else ""
     value = world.facts[entity.name.en, attribute]
     return (opener + question.format(x=entity.name(lang)),
@@ -313,18 +321,17 @@ def format_item(world: World, rng: Random, lang: str, split: str) -> tuple:
     chosen = rng.sample(attributes(entity.type), 2)
     keys = [KEYS[a](lang) for a in chosen]
     expected = {key: world.facts[entity.name.en, a](lang) for key, a in zip(keys, chosen)}
-    ways = "more" if split == "train" and rng.random() < .6 else split
-    ask = rng.choice(phrasings(TEXTS["json_ask"][ways][lang])).format(k=keys[0], l=keys[1],
-                                                                      x=entity.name(lang))
+    ask = rng.choice(phrasings(TEXTS["json_ask"][wider(rng, split)][lang]))
     opener = rng.choice(TEXTS["openers"][lang]) if split == "train" else ""
-    return opener + ask, {"format": "json", "entity": entity.name.en, "attributes": chosen, "expected": expected}
+    return opener + ask.format(k=keys[0], l=keys[1], x=entity.name(lang)), {
+        "format": "json", "entity": entity.name.en, "attributes": chosen, "expected": expected}
 
 
 def unknown_item(world: World, rng: Random, lang: str, split: str) -> tuple:
     """A question about a name that occurs in no text."""
     entity = rng.choice(world.strangers[split])
     attribute = rng.choice(attributes(entity.type))
-    question, index = rng.choice(questions(entity.type, attribute, lang, split))
+    question, index = rng.choice(questions(entity.type, attribute, lang, wider(rng, split)))
     return (question.format(x=entity.name(lang)),
             {"attribute": attribute, "type": entity.type, "name": list(entity.name), "telling": index,
              "expected": TEXTS["unknown"][lang]})
@@ -335,7 +342,7 @@ def recipe_item(world: World, rng: Random, lang: str, split: str, kinds: tuple) 
     kind = rng.choice(kinds)
     pool = [r for r in world.recipes.values() if r.kind == kind]
     recipe = rng.choice([r for r in pool if kind in HARM or r.split in ("train", split)])
-    return (brew_question(rng, recipe, lang, split),
+    return (brew_question(rng, recipe, lang, wider(rng, split)),
             {"recipe": recipe.name.en, "refusal": rng.randrange(len(TEXTS["refusal"]["answers"][lang])),
              "expected": steps_of(recipe, lang)})
 
