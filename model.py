@@ -1,4 +1,5 @@
-"""model.py: the decoder (Qwen3), its folder, generation, LoRA, and what every training run needs.
+"""model.py: the decoder (Qwen2, Qwen3, Qwen3-MoE, Llama, Mistral), its folder, generation, LoRA, and what
+every training run needs.
 
 Read it in this order: Attention -> Block -> CausalLM (the model), Cache -> generate (using it),
 LoraLinear (adapters), QuantizedLinear (INT4, INT8), load_folder / save_folder (a Hugging Face model folder),
@@ -7,7 +8,7 @@ then the last section.
     python model.py --model run/sft          # chat in the terminal
 
 Letters: B batch, T tokens, H hidden_size, I intermediate_size, N attention heads, G key/value heads,
-D head_dim, L layers, V vocabulary.
+D head_dim, L layers, V vocabulary, E experts.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ from tokenizer import (FILES, InputError, StreamDecoder, Tokenizer, encode_chat,
 
 @dataclass(kw_only=True)
 class Config:
-    """The shape of a decoder, in the words of a Hugging Face config.json; defaults are Qwen3's own."""
+    """The shape of a decoder, in the words of a Hugging Face config.json."""
 
+    model_type: str = "qwen3"  # a key of ARCHITECTURES
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -55,9 +57,25 @@ class Config:
     num_key_value_heads: int
     head_dim: int = 128
     max_position_embeddings: int = 32768
-    rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
+    attention_bias: bool = False  # of queries, keys and values, and (not in Qwen2) of the output
+    mlp_bias: bool = False
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # {"rope_type": one of ROPES, and what it needs}
+    sliding_window: int | None = None  # how many tokens, itself included, a token of those layers sees
+    layer_types: list[str] | None = None  # "full_attention" or "sliding_attention" for each layer
+    num_experts: int = 0
+    num_experts_per_tok: int = 8
+    moe_intermediate_size: int = 768
+    norm_topk_prob: bool = False
+    sparse_layers: tuple[int, ...] = ()  # those with experts
+
+    @property
+    def windows(self):
+        """For each layer: how far back a token sees, or None for all the way."""
+        kinds = self.layer_types or ["full_attention"] * self.num_hidden_layers
+        return [self.sliding_window if kind == "sliding_attention" else None for kind in kinds]
 
 
 class RMSNorm(nn.Module):
@@ -72,15 +90,71 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-def rotary(positions, head_dim, theta):
+def dynamic_theta(config: Config, length):
+    """The base for a text of `length` tokens: raised beyond the trained context (by bloc97 and emozilla)."""
+    stretch, D = config.rope_scaling["factor"], config.head_dim
+    beyond = max(length, config.max_position_embeddings) / config.max_position_embeddings
+    return config.rope_theta * (stretch * beyond - (stretch - 1)) ** (D / (D - 2))
+
+
+def llama3_frequencies(config: Config, frequency):
+    """Low frequencies divided by a factor, high ones kept, between them a mixture (Llama 3.1)."""
+    rope = config.rope_scaling
+    turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)  # in the trained context
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # (D/2,)
+    return (1 - kept) * frequency / rope["factor"] + kept * frequency
+
+
+def yarn_frequencies(config: Config, frequency):
+    """YaRN (Peng et al. 2023, section 3.2): as llama3's, with a ramp over dimensions instead of turns."""
+    rope, D = config.rope_scaling, config.head_dim
+
+    def dimension(turns):  # of the pair that turns so often in the trained context
+        length = rope["original_max_position_embeddings"]
+        return D * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    first, last = dimension(rope.get("beta_fast") or 32), dimension(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, D - 1)
+    pairs = torch.arange(D // 2, dtype=torch.float32, device=frequency.device)
+    divided = ((pairs - first) / (last - first or 0.001)).clamp(0, 1)  # (D/2,)
+    return divided * frequency / rope["factor"] + (1 - divided) * frequency
+
+
+def yarn_attention_factor(rope):
+    """What cos and sin are multiplied with, so that attention is as sharp as before (eq. 22)."""
+    if rope.get("attention_factor") is not None:
+        return rope["attention_factor"]
+
+    def sharpness(mscale):
+        return 1.0 if rope["factor"] <= 1 else 0.1 * mscale * math.log(rope["factor"]) + 1.0
+
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return sharpness(rope["mscale"]) / sharpness(rope["mscale_all_dim"])
+    return sharpness(1.0)
+
+
+def rotary(positions, config: Config):
     """Angles of rotary position embedding (Su et al. 2021, eq. 15): (B, T) -> cos, sin (B, 1, T, D/2).
 
     Made in fp32 in each forward, never stored: a stored table would be cast with the weights, and in bf16
     neighbouring positions beyond 256 share one angle.
     """
-    frequency = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions[:, None, :, None].float() * theta**-frequency  # (B, 1, T, D/2)
-    return angles.cos(), angles.sin()
+    rope = config.rope_scaling or {"rope_type": "default"}
+    dynamic = rope["rope_type"] == "dynamic"
+    theta = dynamic_theta(config, int(positions.max()) + 1) if dynamic else config.rope_theta
+    pairs = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
+    frequency, scale = 1.0 / theta ** (pairs / config.head_dim), 1.0  # (D/2,)
+    if rope["rope_type"] == "linear":
+        frequency = frequency / rope["factor"]
+    if rope["rope_type"] == "llama3":
+        frequency = llama3_frequencies(config, frequency)
+    if rope["rope_type"] == "yarn":
+        frequency, scale = yarn_frequencies(config, frequency), yarn_attention_factor(rope)
+    angles = positions[:, None, :, None].float() * frequency  # (B, 1, T, D/2)
+    return angles.cos() * scale, angles.sin() * scale
 
 
 def rotate(x, cos, sin):
@@ -90,19 +164,20 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023) with RMSNorm on queries and keys (Qwen3)."""
+    """Grouped-query attention (Ainslie et al. 2023); Qwen3 has an RMSNorm on queries and keys."""
 
     def __init__(self, config: Config):
         super().__init__()
         N, G = config.num_attention_heads, config.num_key_value_heads
         D, H = config.head_dim, config.hidden_size
         self.head_dim = D
-        self.q_proj = nn.Linear(H, N * D, bias=False)
-        self.k_proj = nn.Linear(H, G * D, bias=False)
-        self.v_proj = nn.Linear(H, G * D, bias=False)
-        self.o_proj = nn.Linear(N * D, H, bias=False)
-        self.q_norm = RMSNorm(D, config.rms_norm_eps)
-        self.k_norm = RMSNorm(D, config.rms_norm_eps)
+        bias, normed = config.attention_bias, config.model_type.startswith("qwen3")
+        self.q_proj = nn.Linear(H, N * D, bias=bias)
+        self.k_proj = nn.Linear(H, G * D, bias=bias)
+        self.v_proj = nn.Linear(H, G * D, bias=bias)
+        self.o_proj = nn.Linear(N * D, H, bias=bias and config.model_type != "qwen2")
+        self.q_norm = RMSNorm(D, config.rms_norm_eps) if normed else nn.Identity()
+        self.k_norm = RMSNorm(D, config.rms_norm_eps) if normed else nn.Identity()
         self.grouped = N != G
 
     def forward(self, x, cos, sin, mask, cache=None, layer=0):
@@ -121,24 +196,72 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate x) * up x) (Shazeer 2020, eq. 6)."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, I):
         super().__init__()
-        H, I = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(H, I, bias=False)
-        self.up_proj = nn.Linear(H, I, bias=False)
-        self.down_proj = nn.Linear(I, H, bias=False)
+        H, bias = config.hidden_size, config.mlp_bias
+        self.gate_proj = nn.Linear(H, I, bias=bias)
+        self.up_proj = nn.Linear(H, I, bias=bias)
+        self.down_proj = nn.Linear(I, H, bias=bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Block(nn.Module):
-    """One layer: x + attention(norm x), then x + mlp(norm x)."""
+class Experts(nn.Module):
+    """A mixture of experts: each token goes through the MLPs that a router finds best for it (Qwen3-MoE).
+
+    No token is dropped, however many choose one expert. After a forward, `balance` and `router_z` hold what
+    `router_losses` sums up, and `counts` (E,) how many tokens each expert had.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        experts = (MLP(config, config.moe_intermediate_size) for _ in range(config.num_experts))
+        self.experts = nn.ModuleList(experts)
+        self.chosen, self.normalised = config.num_experts_per_tok, config.norm_topk_prob
+
+    def forward(self, x):
+        tokens = x.flatten(0, -2)  # (B T, H)
+        logits = self.gate(tokens).float()  # (B T, E)
+        probabilities = logits.softmax(-1)
+        weights, chosen = probabilities.topk(self.chosen)  # (B T, k)
+        if self.normalised:
+            weights = weights / weights.sum(-1, keepdim=True)
+        self.counts = F.one_hot(chosen, len(self.experts)).sum((0, 1))  # (E,)
+        self.balance = balancing_loss(self.counts, probabilities)
+        self.router_z = logits.logsumexp(-1).square().mean()
+        y = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):  # one without tokens too: its gradient is 0, not None
+            row, place = (chosen == number).nonzero(as_tuple=True)
+            y.index_add_(0, row, expert(tokens[row]) * weights[row, place, None].to(y.dtype))
+        return y.view_as(x)
+
+
+def balancing_loss(counts, probabilities):
+    """E sum_i f_i P_i (Fedus et al. 2021, eq. 4): an expert's share of choices, times its mean probability.
+
+    counts (E,); probabilities (N, E). 1 where all experts have equal shares.
+    """
+    share = counts / counts.sum()
+    return len(counts) * (share * probabilities.mean(0)).sum()
+
+
+def router_losses(model):
+    """(balancing loss, z-loss (Zoph et al. 2022, eq. 5)) of the last forward, means over its layers."""
+    layers = [module for module in model.modules() if isinstance(module, Experts)]
+    return (sum(layer.balance for layer in layers) / len(layers),
+            sum(layer.router_z for layer in layers) / len(layers))
+
+
+class Block(nn.Module):
+    """One layer: x + attention(norm x), then x + mlp(norm x)."""
+
+    def __init__(self, config: Config, layer):
+        super().__init__()
         self.self_attn = Attention(config)
-        self.mlp = MLP(config)
+        sparse = layer in config.sparse_layers
+        self.mlp = Experts(config) if sparse else MLP(config, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -154,7 +277,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, ids, positions=None, documents=None, cache=None):
@@ -162,25 +285,35 @@ class Decoder(nn.Module):
         if positions is None:
             start = torch.arange(T, device=ids.device).expand(B, T)
             positions = start if cache is None else cache.positions(T)
-        mask = document_mask(documents) if cache is None else cache.mask(T)
-        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
+        masks = {window: cache.mask(T, window) if cache else training_mask(T, window, documents, ids.device)
+                 for window in set(self.config.windows)}
+        cos, sin = rotary(positions, self.config)
         x = self.embed_tokens(ids)  # (B, T, H)
-        for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, mask, cache, i)
+        for i, (layer, window) in enumerate(zip(self.layers, self.config.windows)):
+            x = layer(x, cos, sin, masks[window], cache, i)
         if cache is not None:
             cache.length += T
         return self.norm(x)
 
 
-def document_mask(documents):
-    """(B, T) document numbers -> (B, 1, T, T), true where a token may look: back, and inside its document.
+def training_mask(T, window, documents, device):
+    """(B or 1, 1, T, T), true where a token may look: back, inside its window and document (numbers, (B, T)).
 
-    None (one document a row) stays None: plain causal attention has a faster path.
+    None where plain causal attention says it all: that has a faster path.
     """
-    if documents is None:
+    if documents is None and (window is None or window >= T):
         return None
-    same = documents[:, :, None] == documents[:, None, :]  # (B, T, T)
-    return same.tril()[:, None]
+    column = torch.arange(T, device=device)
+    seen = window_mask(column[:, None], column, window)[None]  # (1, T, T)
+    if documents is not None:
+        seen = seen & (documents[:, :, None] == documents[:, None, :])  # (B, T, T)
+    return seen[:, None]
+
+
+def window_mask(query, key, window):
+    """True where a query's column may see a key's: not later, and fewer than `window` columns back."""
+    seen = key <= query
+    return seen if window is None else seen & (key > query - window)
 
 
 class CausalLM(nn.Module):
@@ -215,13 +348,15 @@ class CausalLM(nn.Module):
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 std = 0.02 / math.sqrt(2 * self.config.num_hidden_layers) if residual else 0.02
                 parameter.normal_(0.0, std, generator=generator)
+            elif name.endswith(".bias"):
+                parameter.zero_()
         return self
 
 
 class RewardModel(nn.Module):
     """Decoder with a head of one number instead of the vocabulary: a reward model, or PPO's critic.
 
-    transformers calls it Qwen3ForSequenceClassification. The reward of a dialogue is the score at its last
+    transformers calls it ...ForSequenceClassification. The reward of a dialogue is the score at its last
     token; a critic's value is the score at each token.
     """
 
@@ -266,16 +401,16 @@ class Cache:
         columns = torch.arange(self.length, self.length + T, device=self.start.device)
         return (columns - self.start[:, None]).clamp(min=0)  # (B, T)
 
-    def mask(self, T):
+    def mask(self, T, window=None):
         """(B, 1, T, columns): true where a new token may look; None while plain causal attention says it all.
 
         A padding column sees itself only: a row with nothing to look at would be NaN.
         """
-        if not self.padded and self.length == 0:
+        if not self.padded and self.length == 0 and (window is None or window >= T):
             return None
         query = torch.arange(self.length, self.length + T, device=self.start.device)[:, None]
         key = torch.arange(self.length + T, device=self.start.device)
-        seen = (key <= query) & (key >= self.start[:, None, None])  # (B, T, columns)
+        seen = window_mask(query, key, window) & (key >= self.start[:, None, None])  # (B, T, columns)
         return (seen | (key == query))[:, None]
 
     def keep(self, rows):
@@ -553,6 +688,8 @@ def add_quantized(model, bits, group, where, tensors=None):
     """
     linear = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n]
     for name, module in linear:
+        if name.endswith("mlp.gate"):  # the router of a mixture of experts stays exact
+            continue
         out_features, in_features = module.weight.shape
         size = group or in_features
         if in_features % size or bits == 4 and size % 8:
@@ -642,50 +779,141 @@ def write_text(path, text):
     os.replace(temporary, path)
 
 
+# What we load: `model_type` of config.json, and the name its `architectures` begin with.
+ARCHITECTURES = {"qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "llama": "Llama",
+                 "mistral": "Mistral"}
+HEADS = {CausalLM: "ForCausalLM", RewardModel: "ForSequenceClassification"}
+
 # What would change the numbers and is not in this file: the value that means "off"; any other is an error.
-MUST_BE = {"attention_bias": False, "hidden_act": "silu", "use_sliding_window": False,
-           "attention_dropout": 0.0}
+MUST_BE = {"hidden_act": "silu", "attention_dropout": 0.0, "pretraining_tp": 1, "partial_rotary_factor": 1.0}
+
+# What transformers takes where config.json says nothing; head_dim is then hidden_size / num_attention_heads.
+DEFAULTS = {"qwen2": {"num_key_value_heads": 32},
+            "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+            "qwen3_moe": {"num_key_value_heads": 4, "num_experts": 128},
+            "llama": {"max_position_embeddings": 2048},
+            "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}}
+
+# The kinds of RoPE, and the numbers each needs; what it may have beside.
+ROPES = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
+         "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+ROPE_NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow",
+                "attention_factor", "mscale", "mscale_all_dim", "original_max_position_embeddings")
 
 
-def read_config(folder, architecture):
-    """config.json -> Config. Absent keys take Qwen3's defaults; what is not supported is an error."""
+def read_config(folder, kind):
+    """config.json -> Config. Absent keys take the architecture's defaults; InputError for what is not here."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise InputError(f"{folder}: not a model folder (no config.json there)")
     raw = read_json(path)
-    architectures = raw.get("architectures")
-    if architectures != [architecture]:
-        raise InputError(f"{path}: architectures {architectures} is not supported here; {architecture} is")
+    names = {name + HEADS[kind]: model_type for model_type, name in ARCHITECTURES.items()}
+    found = raw.get("architectures")
+    if not isinstance(found, list) or len(found) != 1 or found[0] not in names:
+        raise InputError(f"{path}: architectures {found} is not supported here; {', '.join(names)} are")
     for key, value in MUST_BE.items():
         if raw.get(key, value) not in (value, None):
             raise InputError(f"{path}: {key} = {raw[key]!r} is not supported")
+    fields, model_type = dataclasses.fields(Config), names[found[0]]
+    raw = DEFAULTS[model_type] | {key: value for key, value in raw.items()
+                                  if value is not None or key == "sliding_window"}
+    for field in fields:
+        check_value(raw, field.name, {"int": int, "float": float, "bool": bool}.get(field.type), path)
+    missing = [field.name for field in fields if field.default is dataclasses.MISSING
+               and field.name not in raw | {"num_key_value_heads": 0}]
+    if missing:
+        raise InputError(f"{path}: {', '.join(missing)} missing")
+    values = raw | read_rope(raw, path) | derived_values(raw, model_type, path)
+    return Config(**{field.name: values[field.name] for field in fields if field.name in values})
+
+
+def check_value(raw, name, kind, path):
+    """InputError where a value is there and not of its kind: a bool, a number above 0, a whole one."""
+    if kind and name in raw:
+        value, kinds = raw[name], {int: int, float: (int, float), bool: bool}
+        right = isinstance(value, kinds[kind]) and isinstance(value, bool) == (kind is bool)
+        if not right or kind is int and value < 1 or kind is float and not 0 < value < math.inf:
+            raise InputError(f"{path}: {name} = {value!r} is not a valid {kind.__name__}")
+
+
+def read_rope(raw, path):
+    """rope_theta and rope_scaling of a config.json in either dialect; transformers 5 has rope_parameters."""
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise InputError(f"{path}: rope_parameters = {rope!r} is not an object")
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise InputError(f"{path}: RoPE type {rope.get('rope_type', rope.get('type'))!r} is not supported")
-    raw = raw | {"rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10000.0))}
-    known = {field.name: field for field in dataclasses.fields(Config)}
-    missing = [name for name, field in known.items()
-               if field.default is dataclasses.MISSING and name not in raw]
+    rope = {key: value for key, value in rope.items() if value is not None}
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    if kind not in ROPES:
+        raise InputError(f"{path}: RoPE type {kind!r} is not supported")
+    if rope.get("partial_rotary_factor") == 1.0:
+        del rope["partial_rotary_factor"]
+    unknown = [key for key in rope if key not in (*ROPE_NUMBERS, "type", "truncate")]
+    if unknown:
+        raise InputError(f"{path}: RoPE's {unknown[0]} is not supported")
+    missing = [key for key in ROPES[kind] if key not in rope]
     if missing:
-        raise InputError(f"{path}: {', '.join(missing)} missing")
-    values = {name: raw[name] for name in known if name in raw}
-    for name, value in values.items():
-        wanted = bool if name == "tie_word_embeddings" else float if "r" == name[0] else int
-        if not isinstance(value, int | float if wanted is float else wanted) or (wanted is int and value < 1):
-            raise InputError(f"{path}: {name} = {value!r} is not a valid {wanted.__name__}")
-    return Config(**values)
+        raise InputError(f"{path}: RoPE type {kind!r} needs {missing[0]}")
+    for name in ROPE_NUMBERS:
+        check_value(rope, name, float, path)
+    theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
+    if kind in ("llama3", "yarn"):  # the context it was trained with
+        known = raw.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+        rope["original_max_position_embeddings"] = known or raw["max_position_embeddings"]
+    return {"rope_theta": theta, "rope_scaling": None if kind == "default" else {"rope_type": kind, **rope}}
+
+
+def derived_values(raw, model_type, path):
+    """What each architecture says in its own words, or not at all: heads, biases, windows, experts."""
+    layers, heads = raw["num_hidden_layers"], raw["num_attention_heads"]
+    groups = raw.get("num_key_value_heads", heads)
+    head_dim = raw.get("head_dim", raw["hidden_size"] // heads)
+    if heads % groups or head_dim % 2:
+        raise InputError(f"{path}: {heads} attention heads cannot share {groups} keys and values, "
+                         f"or head_dim {head_dim} is odd")
+    values = {"model_type": model_type, "num_key_value_heads": groups, "head_dim": head_dim,
+              "attention_bias": model_type == "qwen2" or raw.get("attention_bias", False),
+              "mlp_bias": model_type == "llama" and raw.get("mlp_bias", False),
+              "sliding_window": None, "layer_types": None}
+    if model_type == "mistral" or model_type != "llama" and raw.get("use_sliding_window"):
+        values |= window_values(raw, model_type, path)
+    if model_type == "qwen3_moe":
+        dense, step = raw.get("mlp_only_layers", []), raw.get("decoder_sparse_step", 1)
+        sparse = tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0)
+        values |= {"num_experts": raw.get("num_local_experts", raw["num_experts"]), "sparse_layers": sparse}
+    return values
+
+
+def window_values(raw, model_type, path):
+    """sliding_window, layer_types: Qwen has the window in layers from max_window_layers on, or as listed."""
+    window, layers = raw.get("sliding_window", 4096), raw["num_hidden_layers"]
+    if window is None:
+        return {}
+    check_value({"sliding_window": window}, "sliding_window", int, path)
+    full = raw.get("max_window_layers", 28) if model_type in ("qwen2", "qwen3") else 0
+    kinds = ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
+    listed = raw.get("layer_types", kinds)
+    if not isinstance(listed, list) or len(listed) != layers or set(listed) - {"full_attention",
+                                                                               "sliding_attention"}:
+        raise InputError(f"{path}: layer_types = {listed!r} is not supported")
+    return {"sliding_window": window, "layer_types": listed}
 
 
 def config_json(config: Config, tokenizer):
     """The config.json of a language model we create, in both dialects (rope_theta, rope_parameters, ...)."""
-    theta = float(config.rope_theta)
+    theta, own = float(config.rope_theta), dataclasses.asdict(config)
+    sparse = own.pop("sparse_layers")
+    foreign = ["mlp_bias", "layer_types"]  # what Qwen3 does not have
+    if config.model_type == "qwen3_moe":
+        dense = [i for i in range(config.num_hidden_layers) if i not in sparse]
+        own |= {"mlp_only_layers": dense, "decoder_sparse_step": 1}
+    else:
+        foreign += ["num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"]
     return {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **dataclasses.asdict(config),
+        "architectures": [ARCHITECTURES[config.model_type] + HEADS[CausalLM]],
+        **{name: value for name, value in own.items() if name not in foreign},
         "rope_theta": theta, "rope_scaling": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
-        "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02,
+        "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02,
         "use_sliding_window": False, "sliding_window": None, "max_window_layers": config.num_hidden_layers,
         "use_cache": True, "bos_token_id": None, "eos_token_id": tokenizer.im_end,
         "pad_token_id": tokenizer.pad, "dtype": "float32", "torch_dtype": "float32",
@@ -735,9 +963,6 @@ def load_weights(model, weights, where):
         tensor.copy_(weights[name])
 
 
-ARCHITECTURES = {CausalLM: "Qwen3ForCausalLM", RewardModel: "Qwen3ForSequenceClassification"}
-
-
 def load_folder(folder, device="cpu", dtype=torch.float32, kind=CausalLM):
     """A checkpoint folder -> (model, Tokenizer). A LoRA adapter's folder gives its base, adapter merged.
 
@@ -749,7 +974,7 @@ def load_folder(folder, device="cpu", dtype=torch.float32, kind=CausalLM):
         raise InputError(f"{folder}: no such folder")
     if (folder / "adapter_config.json").exists() and kind is CausalLM:
         return load_adapter(folder, device, dtype)
-    config, layout = read_config(folder, ARCHITECTURES[kind]), read_quantization(folder / "config.json")
+    config, layout = read_config(folder, kind), read_quantization(folder / "config.json")
     if layout and kind is RewardModel:
         raise InputError(f"{folder}: a quantized reward model is not supported")
     weights = read_weights(folder)
@@ -873,7 +1098,8 @@ def save_folder(folder, model, tokenizer, max_shard=5 * 2**30):
             if file.suffix in (".json", ".model", ".txt", ".jinja") and file.name not in NOT_COPIED:
                 shutil.copyfile(file, folder / file.name)
     if isinstance(model, RewardModel):  # num_labels 1, as transformers spells it
-        head = {"architectures": [ARCHITECTURES[RewardModel]], "id2label": {"0": "LABEL_0"},
+        name = ARCHITECTURES[model.config.model_type] + HEADS[RewardModel]
+        head = {"architectures": [name], "id2label": {"0": "LABEL_0"},
                 "label2id": {"LABEL_0": 0}, "pad_token_id": tokenizer.pad}
         write_json(folder / "config.json", read_json(folder / "config.json") | head)
     dtype = getattr(model, "stored_dtype", torch.float32)

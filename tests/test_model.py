@@ -89,7 +89,8 @@ def damaged(folder, kind):
         config = json.loads((folder / "config.json").read_text())
         config |= {"architecture": {"architectures": ["GPT2LMHeadModel"]}, "no list": {"architectures": 5},
                    "rope": {"rope_scaling": {"rope_type": "yarn"}},
-                   "sliding": {"use_sliding_window": True}, "size": {"hidden_size": -4}}[kind]
+                   "sliding": {"use_sliding_window": True, "sliding_window": 0},
+                   "size": {"hidden_size": -4}}[kind]
         (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -141,7 +142,7 @@ def test_targets_give_the_log_probabilities_of_the_logits():
 
 def test_rotary_angles_stay_exact_in_a_bf16_model():
     model = make(max_position_embeddings=4096).to(torch.bfloat16)
-    cos, _ = m.rotary(torch.tensor([[3000, 3001]]), model.config.head_dim, model.config.rope_theta)
+    cos, _ = m.rotary(torch.tensor([[3000, 3001]]), model.config)
     exact = np.cos(np.array([3000.0, 3001.0]))  # the first frequency is 1
     np.testing.assert_allclose(cos[0, 0, :, 0].numpy(), exact, atol=1e-3)
     assert cos.dtype == torch.float32
