@@ -105,7 +105,7 @@ sft.py              | --model sft.jsonl                   | sft.jsonl: no such f
 sft.py              | --model base-cut                    | base-cut/model.safetensors: damaged
 sft.py              | --model base-weightless             | base-weightless/model.safetensors: no such file
 sft.py              | --model config-garbled              | config-garbled/config.json
-sft.py              | --model config-gemma                | config-llama/config.json Gemma2ForCausalLM
+sft.py              | --model config-gemma                | config-gemma/config.json Gemma2ForCausalLM
 sft.py              | --model config-wider                | config-wider model.embed_tokens.weight
 sft.py              | --model adapter-lost                | adapter-lost nowhere
 sft.py              | --model adapter-cut                 | adapter-cut/adapter_model.safetensors
