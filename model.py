@@ -13,12 +13,14 @@ D head_dim, L layers, V vocabulary, E experts.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -188,7 +190,7 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, G, T so far, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
                                            enable_gqa=self.grouped)  # (B, N, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H)
 
@@ -324,9 +326,12 @@ class CausalLM(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        self.tie_weights()
         self.source = None  # the folder it was loaded from: its files are kept when it is saved again
+
+    def tie_weights(self):
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, ids, positions=None, documents=None, cache=None, targets=None):
         """ids (B, T) -> logits (B, T, V); with targets (B, T): their log-probabilities (B, T) in fp32, nats.
@@ -367,6 +372,9 @@ class RewardModel(nn.Module):
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
         self.source = None
 
+    def tie_weights(self):
+        """Nothing to tie: the head is its own."""
+
     def forward(self, ids, positions=None, documents=None):
         """ids (B, T) -> scores (B, T), fp32."""
         return self.score(self.model(ids, positions, documents))[..., 0].float()
@@ -379,7 +387,8 @@ class RewardModel(nn.Module):
 class Cache:
     """Keys and values of the tokens so far, for prompts of different length, padded on the left.
 
-    Column c of row b holds token c - start[b] of that row; columns before start[b] are padding.
+    Column c of row b holds token c - start[b] of that row; columns before start[b] are padding. `length` columns
+    are filled; to go back, make it smaller.
     """
 
     def __init__(self, config: Config, start, columns, device, dtype):
@@ -390,6 +399,13 @@ class Cache:
         self.start = torch.as_tensor(start, device=device)  # (B,)
         self.padded = bool(self.start.any())
         self.length = 0
+
+    def reserve(self, columns):
+        """Make room for so many columns in all."""
+        more = columns - self.keys[0].shape[2]
+        if more > 0:
+            self.keys = [F.pad(k, (0, 0, 0, more)) for k in self.keys]
+            self.values = [F.pad(v, (0, 0, 0, more)) for v in self.values]
 
     def append(self, layer, k, v):
         end = self.length + k.shape[2]
@@ -406,15 +422,16 @@ class Cache:
 
         A padding column sees itself only: a row with nothing to look at would be NaN.
         """
-        if not self.padded and self.length == 0 and (window is None or window >= T):
+        columns = self.length + T
+        if not self.padded and (self.length == 0 or T == 1) and (window is None or window >= columns):
             return None
-        query = torch.arange(self.length, self.length + T, device=self.start.device)[:, None]
-        key = torch.arange(self.length + T, device=self.start.device)
+        query = torch.arange(self.length, columns, device=self.start.device)[:, None]
+        key = torch.arange(columns, device=self.start.device)
         seen = window_mask(query, key, window) & (key >= self.start[:, None, None])  # (B, T, columns)
         return (seen | (key == query))[:, None]
 
     def keep(self, rows):
-        """Keep these rows of the batch only: finished rows leave."""
+        """Keep these rows of the batch, in this order (one may come more than once)."""
         self.keys = [k[rows] for k in self.keys]
         self.values = [v[rows] for v in self.values]
         self.start = self.start[rows]
@@ -435,38 +452,54 @@ def uniforms(seed, rows, token):
     return torch.from_numpy(((x >> np.uint64(40)).astype(np.float32) + 0.5) / np.float32(2**24))  # (rows,)
 
 
-def filtered_logprobs(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """Log-probabilities (B, V) of the distribution that is sampled; what is cut off has -inf.
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen from the logits, in this order."""
 
-    top_k keeps the k likeliest (Fan et al. 2018), top_p the smallest set holding p of the mass (Holtzman et
-    al. 2020), min_p what has at least min_p times the top probability (Nguyen et al. 2024), in that order.
-    """
-    logprobs = (logits.float() / temperature).log_softmax(-1)  # (B, V)
-    if top_k > 0:
-        kth = logprobs.topk(min(top_k, logprobs.shape[-1])).values[:, -1:]
+    repetition_penalty: float = 1.0  # what is in the prompt or the answer is so much less likely (1 is off)
+    presence_penalty: float = 0.0  # subtracted from the logits of what is in the answer
+    temperature: float = 0.0  # 0 takes the likeliest
+    top_k: int = 0  # keep the k likeliest (Fan et al. 2018); 0 is off
+    top_p: float = 1.0  # keep the smallest set that holds p of the mass (Holtzman et al. 2020)
+    min_p: float = 0.0  # keep what has at least min_p times the top probability (Nguyen et al. 2024)
+    seed: int = 0
+
+
+def penalised(logits, prompt, answer, how: Sampling):
+    """Logits (B, V) after the penalties; prompt, answer (B, V): true for the tokens that are there."""
+    said = prompt | answer
+    lower = torch.where(logits > 0, logits / how.repetition_penalty, logits * how.repetition_penalty)
+    return torch.where(said, lower, logits) - how.presence_penalty * answer  # (Keskar et al. 2019, section 4.1)
+
+
+def filtered_logprobs(logits, how: Sampling):
+    """Log-probabilities (B, V) of the distribution that is sampled; what is cut off has -inf."""
+    logprobs = (logits.float() / how.temperature).log_softmax(-1)  # (B, V)
+    if how.top_k > 0:
+        kth = logprobs.topk(min(how.top_k, logprobs.shape[-1])).values[:, -1:]
         logprobs = logprobs.masked_fill(logprobs < kth, -math.inf).log_softmax(-1)
-    if top_p < 1.0:
+    if how.top_p < 1.0:
         ordered, index = logprobs.sort(descending=True)
         mass_before = ordered.exp().cumsum(-1) - ordered.exp()
-        cut = torch.zeros_like(ordered, dtype=torch.bool).scatter(-1, index, mass_before >= top_p)
+        cut = torch.zeros_like(ordered, dtype=torch.bool).scatter(-1, index, mass_before >= how.top_p)
         cut.scatter_(-1, index[:, :1], False)  # the likeliest always stays
         logprobs = logprobs.masked_fill(cut, -math.inf).log_softmax(-1)
-    if min_p > 0.0:
-        floor = logprobs.max(-1, keepdim=True).values + math.log(min(min_p, 1.0))
+    if how.min_p > 0.0:
+        floor = logprobs.max(-1, keepdim=True).values + math.log(min(how.min_p, 1.0))
         logprobs = logprobs.masked_fill(logprobs < floor, -math.inf).log_softmax(-1)
     return logprobs
 
 
-def sample(logits, uniform, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0):
+def sample(logits, uniform, how: Sampling):
     """Next ids (B,) and their log-probabilities (B,) under the very distribution they came from.
 
     Inverse CDF with one uniform (B,) a row; temperature 0 is greedy, with the model's own log-probability.
     """
-    if temperature == 0.0:
+    if how.temperature == 0.0:
         logprobs = logits.float().log_softmax(-1)
         ids = logits.argmax(-1)
     else:
-        logprobs = filtered_logprobs(logits, temperature, top_k, top_p, min_p)
+        logprobs = filtered_logprobs(logits, how)
         cdf = logprobs.exp().cumsum(-1)  # (B, V)
         point = uniform.to(cdf.device)[:, None] * cdf[:, -1:]
         ids = torch.searchsorted(cdf, point, right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
@@ -477,63 +510,115 @@ def sample(logits, uniform, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0):
 
 @dataclass
 class Sample:
-    """One answer: its ids (with the stop id when it finished) and the log-probability of each (nats)."""
+    """One answer: its ids, the log-probability of each (nats), and whether it ended by itself.
+
+    The id that ended it is the last one; where a stop string did, the string is in the text.
+    """
 
     ids: list[int]
     logprobs: list[float]
     finished: bool
 
 
-@torch.inference_mode()
-def generate_tokens(model, prompts, max_new_tokens, stop_ids, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0,
-                    seed=0, rows=None):
-    """Yield (row, id, log-probability, finished) for each new token of each prompt, a step at a time.
+class StopStrings:
+    """`ends` for `generate`: an answer ends when its text holds one of some strings."""
 
-    prompts: lists of ids, none empty. rows: each prompt's number in the whole run (sampling depends on it);
-    default 0, 1, 2, ... Rows that finished leave the batch. InputError for a prompt beyond the context.
+    def __init__(self, tokenizer, strings):
+        self.strings = strings
+        self.decoders = collections.defaultdict(lambda: StreamDecoder(tokenizer))
+        self.texts = collections.defaultdict(str)
+
+    def __call__(self, row, token):
+        self.texts[row] += self.decoders[row].feed(token)
+        return any(string in self.texts[row] for string in self.strings)
+
+    def cut(self, text):
+        """The text before the first of the strings."""
+        return text[: min([text.find(string) for string in self.strings if string in text], default=len(text))]
+
+
+PREFILL = 512  # columns of a prompt that go through the model at once: longer ones would need much memory
+
+
+@torch.inference_mode()
+def generate_tokens(model, prompts, max_new_tokens, stop_ids, rows=None, samples=1, ends=None, cache=None,
+                    **sampling):
+    """Yield (row, id, log-probability, finished) for each new token of each answer, a step at a time.
+
+    prompts: lists of ids, none empty; each has `samples` answers: row is prompt * samples + sample. rows: each
+    row's number in the whole run (sampling depends on it; default 0, 1, 2, ...). ends: (row, id) -> whether
+    the answer is done, beside stop_ids. cache: what came before the one prompt, to go on from. sampling: see
+    `Sampling`. Rows that finished leave the batch. InputError for a prompt beyond the context.
     """
-    device = next(model.parameters()).device
+    how, longest = Sampling(**sampling), max(map(len, prompts))
+    cache = prepare_cache(model, prompts, max_new_tokens, cache)
+    limit = min(max_new_tokens, model.config.max_position_embeddings - cache.length - longest)
+    device = cache.start.device
+    ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)  # (B, T)
+    for columns in ids.split(PREFILL, 1):
+        hidden = model.model(columns, cache=cache)[:, -1]  # (B, H): only the last column needs the head
+    live = list(range(len(prompts) * samples))  # which row each of the shrinking batch is
+    rows = np.arange(len(live)) if rows is None else np.asarray(rows)
+    if samples > 1:
+        each = torch.arange(len(prompts), device=device).repeat_interleave(samples)
+        cache.keep(each)
+        hidden = hidden[each]
+    penalties = how.repetition_penalty != 1.0 or how.presence_penalty
+    said = said_by(prompts, samples, model.config.vocab_size, device) if penalties else None
+    for step in range(limit):
+        logits = model.lm_head(hidden)  # (B, V)
+        if penalties:
+            logits = penalised(logits, *said, how)
+        uniform = uniforms(how.seed, rows[live], step) if how.temperature else None
+        new, logprobs = sample(logits, uniform, how)
+        tokens, values = new.tolist(), logprobs.tolist()
+        done = [token in stop_ids or bool(ends and ends(row, token)) for row, token in zip(live, tokens)]
+        yield from zip(live, tokens, values, done)
+        stay = [i for i, over in enumerate(done) if not over]
+        if not stay or step == limit - 1:
+            return
+        if penalties:
+            said[1, range(len(live)), new] = True
+        if len(stay) < len(live):
+            live, keep = [live[i] for i in stay], torch.tensor(stay, device=device)
+            new, said = new[keep], said[:, keep] if penalties else None
+            cache.keep(keep)
+        hidden = model.model(new[:, None], cache=cache)[:, -1]
+
+
+def said_by(prompts, samples, vocab_size, device):
+    """(2, B, V), true for the tokens of each row's prompt, and of its answer (none yet)."""
+    said = torch.zeros(2, len(prompts) * samples, vocab_size, dtype=torch.bool, device=device)
+    for row, prompt in enumerate(p for p in prompts for _ in range(samples)):
+        said[0, row, prompt] = True
+    return said
+
+
+def prepare_cache(model, prompts, max_new_tokens, cache):
+    """A cache with room for prompts and answers, or the one that is given, with more room."""
     longest, limit = max(map(len, prompts)), model.config.max_position_embeddings
+    before = cache.length if cache else 0
     if min(map(len, prompts)) == 0:
         raise InputError("a prompt has no tokens: start it with <|endoftext|>, or ask in chat form")
-    if longest + 1 > limit:
-        raise InputError(f"a prompt of {longest} tokens leaves no room in a context of {limit}")
-    max_new_tokens = min(max_new_tokens, limit - longest)
-    start = [longest - len(p) for p in prompts]
-    ids = torch.tensor([[0] * s + list(p) for s, p in zip(start, prompts)], device=device)  # (B, T)
-    dtype = next(model.parameters()).dtype
-    cache = Cache(model.config, start, longest + max_new_tokens, device, dtype)
-    live = list(range(len(prompts)))  # which prompt each row of the shrinking batch is
-    rows = np.arange(len(prompts)) if rows is None else np.asarray(rows)
-    for step in range(max_new_tokens):
-        hidden = model.model(ids, cache=cache)[:, -1]  # (B, H): only the last column needs the head
-        uniform = uniforms(seed, rows[live], step) if temperature else None
-        new, logprobs = sample(model.lm_head(hidden), uniform, temperature, top_k, top_p, min_p)
-        tokens, values = new.tolist(), logprobs.tolist()
-        stay = [i for i, token in enumerate(tokens) if token not in stop_ids]
-        for i, row in enumerate(live):
-            yield row, tokens[i], values[i], tokens[i] in stop_ids
-        if not stay:
-            return
-        if len(stay) < len(live):
-            live = [live[i] for i in stay]
-            keep = torch.tensor(stay, device=device)
-            new = new[keep]
-            cache.keep(keep)
-        ids = new[:, None]  # (B, 1)
+    if before + longest + 1 > limit:
+        raise InputError(f"a prompt of {before + longest} tokens leaves no room in a context of {limit}")
+    columns = min(before + longest + max_new_tokens, limit)
+    if cache is None:
+        weight = next(model.parameters())
+        return Cache(model.config, [longest - len(p) for p in prompts], columns, weight.device, weight.dtype)
+    cache.reserve(columns)
+    return cache
 
 
-def generate(model, prompts, max_new_tokens, stop_ids, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0,
-             rows=None):
+def generate(model, prompts, max_new_tokens, stop_ids, samples=1, **how):
     """Answers to prompts (lists of ids), as a list of Sample in the same order; see `generate_tokens`."""
-    samples = [Sample([], [], False) for _ in prompts]
-    tokens = generate_tokens(model, prompts, max_new_tokens, set(stop_ids), temperature, top_k, top_p, min_p,
-                             seed, rows)
+    answers = [Sample([], [], False) for _ in range(len(prompts) * samples)]
+    tokens = generate_tokens(model, prompts, max_new_tokens, set(stop_ids), samples=samples, **how)
     for row, token, logprob, finished in tokens:
-        samples[row].ids.append(token)
-        samples[row].logprobs.append(logprob)
-        samples[row].finished = finished
-    return samples
+        answers[row].ids.append(token)
+        answers[row].logprobs.append(logprob)
+        answers[row].finished = finished
+    return answers
 
 
 def window_batch(tokens, indices, max_length, endoftext):
@@ -978,9 +1063,11 @@ def load_folder(folder, device="cpu", dtype=torch.float32, kind=CausalLM):
     if layout and kind is RewardModel:
         raise InputError(f"{folder}: a quantized reward model is not supported")
     weights = read_weights(folder)
-    model = kind(config).to(device=device, dtype=dtype)
-    if layout:
-        add_quantized(model, *layout, folder, weights)
+    with torch.device("meta"):  # shapes without memory: what is loaded is allocated once, in its dtype
+        model = kind(config).to(dtype)
+        if layout:
+            add_quantized(model, *layout, folder, weights)
+    model.to_empty(device=device).tie_weights()
     load_weights(model, weights, folder)
     check_quantized(model, folder)
     model.source = folder
@@ -1601,7 +1688,7 @@ class StopSignal:
 
 @dataclass(kw_only=True)
 class Options:
-    """Chat with a model in the terminal. /reset forgets the dialogue, /quit (or Ctrl-D) leaves."""
+    """Chat with a model in the terminal. /help tells what can be typed there."""
 
     model: str = option("checkpoint folder: a model, or a LoRA adapter")
     temperature: float = option("0 always takes the likeliest token", 0.0, at_least=0)
@@ -1610,37 +1697,105 @@ class Options:
                           at_least=0)
     min_p: float = option("sample among tokens with at least this share of the likeliest one's probability",
                           0.0, at_least=0)
+    repetition_penalty: float = option("make what was said so much less likely; 1 is off", 1.0, at_least=0)
+    presence_penalty: float = option("subtract this from the logits of what the answer has", 0.0)
     max_new_tokens: int = option("most tokens in an answer", 256, at_least=1)
+    stop: list[str] = option("texts that end an answer, beside the model's own end", [])
     system: str = option("a system message that opens the dialogue", "")
     seed: int = option("seed of the sampling", 0)
     device: str = option("auto, cpu, cuda or mps", "auto")
 
 
-def dialogue_ids(tokenizer, messages, opening, context):
-    """Ids of a dialogue up to the answer. Where an answer of a quarter of the context would have no room, the
-    oldest turns are forgotten, but for the opening."""
-    while True:
-        ids, _ = encode_chat(tokenizer, messages, generation_prompt=True)
-        if len(ids) <= 0.75 * context or len(messages) <= opening + 2:
-            return ids
-        del messages[opening : opening + 2]
+HELP = """/reset           forget the dialogue
+/system TEXT     forget it, and open with this system message (none: without one)
+/temperature X   0 always takes the likeliest token
+/quit            leave; Ctrl-D too. Ctrl-C ends an answer, or clears what you have typed
+\"\"\"              before and after a message of several lines"""
 
 
-def answer(model, tokenizer, messages, opening, stop, options, turn):
-    """Print the answer to a dialogue as it comes, and return it. Ctrl-C ends the answer only."""
-    ids = dialogue_ids(tokenizer, messages, opening, model.config.max_position_embeddings)
-    decoder, text = StreamDecoder(tokenizer), ""
-    tokens = generate_tokens(model, [ids], options.max_new_tokens, stop, options.temperature, options.top_k,
-                             options.top_p, options.min_p, options.seed, rows=[turn])
-    try:
-        for _, token, _, finished in tokens:
-            piece = "" if finished else decoder.feed(token)
-            text += piece
-            print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        pass
-    print()
-    return text
+class Chat:
+    """A dialogue, and the keys and values of what the model has read of it."""
+
+    def __init__(self, options, model, tokenizer):
+        self.options, self.model, self.tokenizer = options, model, tokenizer
+        self.stop, self.temperature, self.turn = stop_ids(options.model, tokenizer), options.temperature, 0
+        self.restart(options.system)
+
+    def restart(self, system):
+        self.opening = [{"role": "system", "content": system}] if system else []
+        self.messages, self.cache, self.read = list(self.opening), None, []
+
+    def prompt_ids(self):
+        """Ids of the dialogue up to the answer. Where an answer of a quarter of the context would have no
+        room, the oldest turns are forgotten, but for the opening."""
+        while True:
+            ids, _ = encode_chat(self.tokenizer, self.messages, generation_prompt=True)
+            room = 0.75 * self.model.config.max_position_embeddings
+            if len(ids) <= room or len(self.messages) <= len(self.opening) + 2:
+                return ids
+            del self.messages[len(self.opening) : len(self.opening) + 2]
+
+    def answer(self):
+        """Yield the answer to the dialogue in pieces. What was read before is not read again."""
+        options, ids = self.options, self.prompt_ids()
+        if self.cache:
+            same = (i for i, (a, b) in enumerate(zip(ids, self.read)) if a != b)
+            self.cache.length = min(next(same, len(self.read)), len(self.read), len(ids) - 1)
+        else:
+            weight = next(self.model.parameters())
+            self.cache = Cache(self.model.config, [0], len(ids), weight.device, weight.dtype)
+        self.read, decoder = ids[: self.cache.length], StreamDecoder(self.tokenizer)
+        tokens = generate_tokens(
+            self.model, [ids[self.cache.length :]], options.max_new_tokens, self.stop, rows=[self.turn],
+            ends=StopStrings(self.tokenizer, options.stop), cache=self.cache, temperature=self.temperature,
+            top_k=options.top_k, top_p=options.top_p, min_p=options.min_p, seed=options.seed,
+            repetition_penalty=options.repetition_penalty, presence_penalty=options.presence_penalty)
+        for _, token, _, _ in tokens:
+            ids.append(token)
+            self.read = ids[: self.cache.length]
+            if token not in self.stop:
+                yield decoder.feed(token)
+
+    def say(self, text):
+        """Answer a message: print it as it comes, and remember both. Ctrl-C ends the answer only."""
+        self.messages.append({"role": "user", "content": text})
+        said = ""
+        try:
+            for piece in self.answer():
+                said += piece
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            pass
+        except InputError as error:  # too long a question: the dialogue goes on without it
+            print(error, file=sys.stderr)
+            return self.messages.pop()
+        print()
+        self.messages.append({"role": "assistant", "content": said})
+        self.turn += 1
+
+    def command(self, line):
+        """Obey a line that begins with a slash; False when it says to leave."""
+        name, _, rest = line.partition(" ")
+        if name == "/reset":
+            self.restart(self.opening[0]["content"] if self.opening else "")
+        elif name == "/system":
+            self.restart(rest.strip())
+        elif name == "/temperature" and re.fullmatch(r"\d+(\.\d*)?|\.\d+", rest.strip()):
+            self.temperature = float(rest)
+        elif name != "/quit":
+            print(HELP)
+        return name != "/quit"
+
+
+def read_message():
+    """What is typed: a line, or several between lines of three quotation marks. EOFError at the end of input."""
+    line = input("> ").strip()
+    if not line.startswith('"""'):
+        return line
+    lines = [line[3:]]
+    while not lines[-1].rstrip().endswith('"""'):
+        lines.append(input("  "))
+    return "\n".join(lines).strip()[:-3].strip()
 
 
 @one_line_errors
@@ -1648,31 +1803,21 @@ def main(argv=None):
     options = parse_options(Options, argv, "model.py")
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  arrow keys and history at the prompt, where the system has it
-    device = pick_device(options.device)
-    model, tokenizer = load_folder(options.model, device)
-    stop = stop_ids(options.model, tokenizer)
-    opening = [{"role": "system", "content": options.system}] if options.system else []
-    messages, turn = list(opening), 0
+    chat = Chat(options, *load_folder(options.model, pick_device(options.device)))
     while True:
         try:
-            line = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
+            line = read_message()
+        except KeyboardInterrupt:
+            print()
+            continue
+        except EOFError:
             print()
             return 0
-        if line == "/quit":
-            return 0
-        if line == "/reset":
-            messages = list(opening)
+        if line.startswith("/"):
+            if not chat.command(line):
+                return 0
         elif line:
-            messages.append({"role": "user", "content": line})
-            try:
-                text = answer(model, tokenizer, messages, len(opening), stop, options, turn)
-            except InputError as error:  # too long a question: the dialogue goes on without it
-                print(error, file=sys.stderr)
-                messages.pop()
-                continue
-            messages.append({"role": "assistant", "content": text})
-            turn += 1
+            chat.say(line)
 
 
 if __name__ == "__main__":
