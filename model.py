@@ -743,7 +743,7 @@ def unpack_int4(packed):
 class QuantizedLinear(nn.Module):
     """A linear layer that keeps its codes and scales, and makes the weight of them in each forward."""
 
-    def __init__(self, out_features, in_features, bits, group, scale_dtype, device):
+    def __init__(self, out_features, in_features, bits, group, scale_dtype, bias, device):
         super().__init__()
         self.shape = [out_features, in_features]
         codes = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
@@ -754,6 +754,7 @@ class QuantizedLinear(nn.Module):
             self.register_buffer("weight", codes)  # (out, in)
         scales = torch.ones(out_features, in_features // group, dtype=scale_dtype, device=device)
         self.register_buffer("weight_scale", scales)  # (out, in / group)
+        self.bias = bias  # a parameter (out,), or None
 
     def dequantized(self):
         """The weight (out, in), fp32."""
@@ -762,7 +763,7 @@ class QuantizedLinear(nn.Module):
         return (codes.unflatten(1, (scales.shape[1], -1)) * scales).flatten(1)
 
     def forward(self, x):
-        return F.linear(x, self.dequantized().to(x.dtype))
+        return F.linear(x, self.dequantized().to(x.dtype), self.bias)
 
 
 def add_quantized(model, bits, group, where, tensors=None):
@@ -783,31 +784,35 @@ def add_quantized(model, bits, group, where, tensors=None):
                              f"of {size}{words}")
         dtype = getattr((tensors or {}).get(f"{name}.weight_scale"), "dtype", None)
         dtype = dtype if dtype in (torch.float32, torch.float16) else torch.bfloat16
-        layer = QuantizedLinear(out_features, in_features, bits, size, dtype, module.weight.device)
+        layer = QuantizedLinear(out_features, in_features, bits, size, dtype, module.bias, module.weight.device)
         model.set_submodule(name, layer)
     return model
 
 
-def quantization_config(bits, group):
-    """`quantization_config` of config.json, in compressed-tensors' words; group 0: a scale for each row."""
+def quantization_config(bits, group, experts=False):
+    """`quantization_config` of config.json, in compressed-tensors' words; group 0: a scale for each row.
+
+    experts: the model has some, and the routers that choose among them are left as they are.
+    """
     weights = {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False, "actorder": None,
                "strategy": "group" if group else "channel", "group_size": group or None}
     layers = {"targets": ["Linear"], "format": FORMATS[bits], "weights": weights, "input_activations": None,
               "output_activations": None}
     return {"quant_method": "compressed-tensors", "format": FORMATS[bits],
-            "quantization_status": "compressed", "ignore": ["lm_head"], "kv_cache_scheme": None,
+            "quantization_status": "compressed", "ignore": ["lm_head", *["re:.*mlp.gate$"] * experts], "kv_cache_scheme": None,
             "sparsity_config": {}, "transform_config": {}, "config_groups": {"group_0": layers}}
 
 
 def read_quantization(path):
     """(bits, group) of a config.json, or None where weights are plain; InputError for any other layout."""
-    found = read_json(path).get("quantization_config")
+    raw = read_json(path)
+    found, experts = raw.get("quantization_config"), "moe" in str(raw.get("model_type"))
     if found is None:
         return None
     try:
         (layers,) = found["config_groups"].values()
         bits, group = layers["weights"]["num_bits"], layers["weights"].get("group_size") or 0
-        ours = quantization_config(bits, group)
+        ours = quantization_config(bits, group, experts)
         pairs = [(found, ours), (layers, ours["config_groups"]["group_0"])]
         pairs.append((layers["weights"], pairs[1][1]["weights"]))
     except (AttributeError, KeyError, TypeError, ValueError):
@@ -1010,8 +1015,9 @@ def read_weights(folder):
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     weight_map = read_json(index).get("weight_map") if index.exists() else {"": "model.safetensors"}
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise InputError(f"{index}: expected an object `weight_map` of file names")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) and Path(name).name == name
+                                                   for name in weight_map.values()):
+        raise InputError(f"{index}: expected an object `weight_map` of names of files beside it")
     weights = {}
     for name in sorted(set(weight_map.values())):
         weights |= read_safetensors(folder / name)
@@ -1028,24 +1034,44 @@ def read_safetensors(path):
         raise InputError(f"{path}: damaged or not a safetensors file ({error})") from None
 
 
-def load_weights(model, weights, where):
-    """Copy tensors into a model; every name and shape must match (a tied head may be absent)."""
+def check_shapes(model, weights, where):
+    """InputError unless a model (on the meta device) and its weights have the same names, shapes and kinds."""
     own = model.state_dict()
-    if model.config.tie_word_embeddings:
-        weights = {k: v for k, v in weights.items() if k != "lm_head.weight"}
-        own = {k: v for k, v in own.items() if k != "lm_head.weight"}
-    missing, unexpected = own.keys() - weights.keys(), weights.keys() - own.keys()
+    tied = tied_names(model)
+    missing, unexpected = own.keys() - weights.keys() - tied, weights.keys() - own.keys() - tied
     for problem, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
             raise InputError(f"{where}: {len(names)} {problem} tensors, {sorted(names)[0]} among them")
-    for name, tensor in own.items():
-        if tensor.shape != weights[name].shape:
-            found, expected = tuple(weights[name].shape), tuple(tensor.shape)
-            raise InputError(f"{where}: {name} is {found}, expected {expected}")
-        if tensor.dtype != weights[name].dtype and not (tensor.is_floating_point()
-                                                        and weights[name].is_floating_point()):
-            raise InputError(f"{where}: {name} is {weights[name].dtype}, expected {tensor.dtype}")
-        tensor.copy_(weights[name])
+    for name in own.keys() - tied:
+        tensor, found = own[name], weights[name]
+        if tensor.shape != found.shape:
+            raise InputError(f"{where}: {name} is {tuple(found.shape)}, expected {tuple(tensor.shape)}")
+        if tensor.dtype != found.dtype and not (tensor.is_floating_point() and found.is_floating_point()):
+            raise InputError(f"{where}: {name} is {found.dtype}, expected {tensor.dtype}")
+
+
+def load_weights(model, weights, where):
+    """Copy tensors into a model; InputError where they are not finite."""
+    own = model.state_dict()
+    for name in own.keys() - tied_names(model):
+        own[name].copy_(weights[name])
+        if own[name].is_floating_point() and not own[name].isfinite().all():
+            raise InputError(f"{where}: {name} has numbers that are not finite")
+
+
+def tied_names(model):
+    """Tensors that are another's: a file may have them or not, and they are not read."""
+    return {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+
+
+def check_counts(config, weights, where):
+    """InputError where config.json tells of other numbers of layers or experts than there are: made first, they
+    would take for ever."""
+    for what, before, expected in (("layers", "model.layers.", config.num_hidden_layers),
+                                   ("experts", ".mlp.experts.", config.num_experts if config.sparse_layers else 0)):
+        found = {name.partition(before)[2].partition(".")[0] for name in weights if before in name}
+        if len(found) != expected:
+            raise InputError(f"{where}: config.json says {expected} {what}, the weights have {len(found)}")
 
 
 def load_folder(folder, device="cpu", dtype=torch.float32, kind=CausalLM):
@@ -1063,10 +1089,16 @@ def load_folder(folder, device="cpu", dtype=torch.float32, kind=CausalLM):
     if layout and kind is RewardModel:
         raise InputError(f"{folder}: a quantized reward model is not supported")
     weights = read_weights(folder)
-    with torch.device("meta"):  # shapes without memory: what is loaded is allocated once, in its dtype
-        model = kind(config).to(dtype)
-        if layout:
+    check_counts(config, weights, folder)
+    try:
+        with torch.device("meta"):  # shapes without memory: what is loaded is allocated once, in its dtype
+            model = kind(config).to(dtype)
+    except RuntimeError as error:
+        raise InputError(f"{folder}/config.json: no such model can be made ({error})") from None
+    if layout:
+        with torch.device("meta"):
             add_quantized(model, *layout, folder, weights)
+    check_shapes(model, weights, folder)
     model.to_empty(device=device).tie_weights()
     load_weights(model, weights, folder)
     check_quantized(model, folder)

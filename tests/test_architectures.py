@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import model as m
-from tests.tiny import tiny
+from tiny import run, tiny
 from tokenizer import InputError
 
 transformers = pytest.importorskip("transformers")
@@ -94,6 +94,17 @@ def test_what_was_loaded_is_saved_as_it_was(tmp_path, case):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     configs = [(tmp_path / name / "config.json").read_bytes() for name in ("theirs", "ours")]
     assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("case", ["qwen2", "qwen3, biases, untied", "llama, biases"])
+def test_a_quantized_folder_is_the_same_to_transformers(tmp_path, case):
+    pytest.importorskip("compressed_tensors")
+    foreign(tmp_path / "theirs", *CASES[case])
+    assert run("quantize", "--model", tmp_path / "theirs", "--bits", 8, "--out", tmp_path / "int8") == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "int8", dtype=torch.float32).eval()
+    ours, ids = m.load_folder(tmp_path / "int8")[0], random_ids(2, 30)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("change, word", [

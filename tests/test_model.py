@@ -85,17 +85,33 @@ def damaged(folder, kind):
         m.save_file(tensors | {"model.norm.weight": torch.zeros(7)}, path)
     elif kind == "no weights":
         path.unlink()
+    elif kind == "not finite":
+        m.save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] * math.nan}, path)
+    elif kind == "whole numbers":
+        m.save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"].int()}, path)
+    elif kind == "huge header":
+        path.write_bytes((2**30).to_bytes(8, "little") + b"{" + b" " * 1000)
+    elif kind in ("a lost shard", "a shard elsewhere"):
+        m.save_file(tensors, path.with_name("one.safetensors"))
+        path.unlink()
+        names = dict.fromkeys(tensors, "one.safetensors") | {
+            "model.norm.weight": "two.safetensors" if kind == "a lost shard" else "../one.safetensors"}
+        path.with_name("model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     else:
         config = json.loads((folder / "config.json").read_text())
         config |= {"architecture": {"architectures": ["GPT2LMHeadModel"]}, "no list": {"architectures": 5},
                    "rope": {"rope_scaling": {"rope_type": "yarn"}},
                    "sliding": {"use_sliding_window": True, "sliding_window": 0},
-                   "size": {"hidden_size": -4}}[kind]
+                   "size": {"hidden_size": -4}, "wide": {"hidden_size": 10**15},
+                   "endless": {"num_hidden_layers": 10**12},
+                   "heads": {"num_attention_heads": 7}}[kind]
         (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("kind", ["truncated", "missing tensor", "one tensor too many", "wrong shape",
-                                  "no weights", "architecture", "no list", "rope", "sliding", "size"])
+                                  "no weights", "architecture", "no list", "rope", "sliding", "size",
+                                  "wide", "endless", "heads", "not finite", "whole numbers", "huge header",
+                                  "a lost shard", "a shard elsewhere"])
 def test_a_damaged_or_unsupported_folder_is_one_error(tmp_path, kind):
     m.save_folder(tmp_path, *m.load_folder(tiny() / "base"))
     damaged(tmp_path, kind)
