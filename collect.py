@@ -146,7 +146,7 @@ def sample_answers(model, tokenizer, items, stop, options, ranks):
     texts = {}
     for batch in tqdm(batches[ranks.rank :: ranks.world_size], "sampling", unit="batch", disable=None):
         prompts = [items[i].ids for i, _ in batch]
-        samples = generate(model, prompts, options.max_new_tokens, stop, options.temperature,
+        samples = generate(model, prompts, options.max_new_tokens, stop, temperature=options.temperature,
                            seed=options.seed, rows=[i * options.k + j for i, j in batch])
         for row, sample in zip(batch, samples):
             texts[row] = tokenizer.decode(sample.ids[:-1] if sample.finished else sample.ids)

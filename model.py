@@ -1,4 +1,5 @@
-"""model.py: the decoder (Qwen3), its folder, generation, LoRA, and what every training run needs.
+"""model.py: the decoder (Qwen2, Qwen3, Qwen3-MoE, Llama, Mistral), its folder, generation, LoRA, and what
+every training run needs.
 
 Read it in this order: Attention -> Block -> CausalLM (the model), Cache -> generate (using it),
 LoraLinear (adapters), QuantizedLinear (INT4, INT8), load_folder / save_folder (a Hugging Face model folder),
@@ -7,17 +8,19 @@ then the last section.
     python model.py --model run/sft          # chat in the terminal
 
 Letters: B batch, T tokens, H hidden_size, I intermediate_size, N attention heads, G key/value heads,
-D head_dim, L layers, V vocabulary.
+D head_dim, L layers, V vocabulary, E experts.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -45,8 +48,9 @@ from tokenizer import (FILES, InputError, StreamDecoder, Tokenizer, encode_chat,
 
 @dataclass(kw_only=True)
 class Config:
-    """The shape of a decoder, in the words of a Hugging Face config.json; defaults are Qwen3's own."""
+    """The shape of a decoder, in the words of a Hugging Face config.json."""
 
+    model_type: str = "qwen3"  # a key of ARCHITECTURES
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -55,9 +59,25 @@ class Config:
     num_key_value_heads: int
     head_dim: int = 128
     max_position_embeddings: int = 32768
-    rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
+    attention_bias: bool = False  # of queries, keys and values, and (not in Qwen2) of the output
+    mlp_bias: bool = False
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # {"rope_type": one of ROPES, and what it needs}
+    sliding_window: int | None = None  # how many tokens, itself included, a token of those layers sees
+    layer_types: list[str] | None = None  # "full_attention" or "sliding_attention" for each layer
+    num_experts: int = 0
+    num_experts_per_tok: int = 8
+    moe_intermediate_size: int = 768
+    norm_topk_prob: bool = False
+    sparse_layers: tuple[int, ...] = ()  # those with experts
+
+    @property
+    def windows(self):
+        """For each layer: how far back a token sees, or None for all the way."""
+        kinds = self.layer_types or ["full_attention"] * self.num_hidden_layers
+        return [self.sliding_window if kind == "sliding_attention" else None for kind in kinds]
 
 
 class RMSNorm(nn.Module):
@@ -72,15 +92,71 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-def rotary(positions, head_dim, theta):
+def dynamic_theta(config: Config, length):
+    """The base for a text of `length` tokens: raised beyond the trained context (by bloc97 and emozilla)."""
+    stretch, D = config.rope_scaling["factor"], config.head_dim
+    beyond = max(length, config.max_position_embeddings) / config.max_position_embeddings
+    return config.rope_theta * (stretch * beyond - (stretch - 1)) ** (D / (D - 2))
+
+
+def llama3_frequencies(config: Config, frequency):
+    """Low frequencies divided by a factor, high ones kept, between them a mixture (Llama 3.1)."""
+    rope = config.rope_scaling
+    turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)  # in the trained context
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # (D/2,)
+    return (1 - kept) * frequency / rope["factor"] + kept * frequency
+
+
+def yarn_frequencies(config: Config, frequency):
+    """YaRN (Peng et al. 2023, section 3.2): as llama3's, with a ramp over dimensions instead of turns."""
+    rope, D = config.rope_scaling, config.head_dim
+
+    def dimension(turns):  # of the pair that turns so often in the trained context
+        length = rope["original_max_position_embeddings"]
+        return D * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    first, last = dimension(rope.get("beta_fast") or 32), dimension(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, D - 1)
+    pairs = torch.arange(D // 2, dtype=torch.float32, device=frequency.device)
+    divided = ((pairs - first) / (last - first or 0.001)).clamp(0, 1)  # (D/2,)
+    return divided * frequency / rope["factor"] + (1 - divided) * frequency
+
+
+def yarn_attention_factor(rope):
+    """What cos and sin are multiplied with, so that attention is as sharp as before (eq. 22)."""
+    if rope.get("attention_factor") is not None:
+        return rope["attention_factor"]
+
+    def sharpness(mscale):
+        return 1.0 if rope["factor"] <= 1 else 0.1 * mscale * math.log(rope["factor"]) + 1.0
+
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return sharpness(rope["mscale"]) / sharpness(rope["mscale_all_dim"])
+    return sharpness(1.0)
+
+
+def rotary(positions, config: Config):
     """Angles of rotary position embedding (Su et al. 2021, eq. 15): (B, T) -> cos, sin (B, 1, T, D/2).
 
     Made in fp32 in each forward, never stored: a stored table would be cast with the weights, and in bf16
     neighbouring positions beyond 256 share one angle.
     """
-    frequency = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions[:, None, :, None].float() * theta**-frequency  # (B, 1, T, D/2)
-    return angles.cos(), angles.sin()
+    rope = config.rope_scaling or {"rope_type": "default"}
+    dynamic = rope["rope_type"] == "dynamic"
+    theta = dynamic_theta(config, int(positions.max()) + 1) if dynamic else config.rope_theta
+    pairs = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
+    frequency, scale = 1.0 / theta ** (pairs / config.head_dim), 1.0  # (D/2,)
+    if rope["rope_type"] == "linear":
+        frequency = frequency / rope["factor"]
+    if rope["rope_type"] == "llama3":
+        frequency = llama3_frequencies(config, frequency)
+    if rope["rope_type"] == "yarn":
+        frequency, scale = yarn_frequencies(config, frequency), yarn_attention_factor(rope)
+    angles = positions[:, None, :, None].float() * frequency  # (B, 1, T, D/2)
+    return angles.cos() * scale, angles.sin() * scale
 
 
 def rotate(x, cos, sin):
@@ -90,19 +166,20 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023) with RMSNorm on queries and keys (Qwen3)."""
+    """Grouped-query attention (Ainslie et al. 2023); Qwen3 has an RMSNorm on queries and keys."""
 
     def __init__(self, config: Config):
         super().__init__()
         N, G = config.num_attention_heads, config.num_key_value_heads
         D, H = config.head_dim, config.hidden_size
         self.head_dim = D
-        self.q_proj = nn.Linear(H, N * D, bias=False)
-        self.k_proj = nn.Linear(H, G * D, bias=False)
-        self.v_proj = nn.Linear(H, G * D, bias=False)
-        self.o_proj = nn.Linear(N * D, H, bias=False)
-        self.q_norm = RMSNorm(D, config.rms_norm_eps)
-        self.k_norm = RMSNorm(D, config.rms_norm_eps)
+        bias, normed = config.attention_bias, config.model_type.startswith("qwen3")
+        self.q_proj = nn.Linear(H, N * D, bias=bias)
+        self.k_proj = nn.Linear(H, G * D, bias=bias)
+        self.v_proj = nn.Linear(H, G * D, bias=bias)
+        self.o_proj = nn.Linear(N * D, H, bias=bias and config.model_type != "qwen2")
+        self.q_norm = RMSNorm(D, config.rms_norm_eps) if normed else nn.Identity()
+        self.k_norm = RMSNorm(D, config.rms_norm_eps) if normed else nn.Identity()
         self.grouped = N != G
 
     def forward(self, x, cos, sin, mask, cache=None, layer=0):
@@ -113,7 +190,7 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, G, T so far, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
                                            enable_gqa=self.grouped)  # (B, N, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H)
 
@@ -121,24 +198,72 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate x) * up x) (Shazeer 2020, eq. 6)."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, I):
         super().__init__()
-        H, I = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(H, I, bias=False)
-        self.up_proj = nn.Linear(H, I, bias=False)
-        self.down_proj = nn.Linear(I, H, bias=False)
+        H, bias = config.hidden_size, config.mlp_bias
+        self.gate_proj = nn.Linear(H, I, bias=bias)
+        self.up_proj = nn.Linear(H, I, bias=bias)
+        self.down_proj = nn.Linear(I, H, bias=bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Block(nn.Module):
-    """One layer: x + attention(norm x), then x + mlp(norm x)."""
+class Experts(nn.Module):
+    """A mixture of experts: each token goes through the MLPs that a router finds best for it (Qwen3-MoE).
+
+    No token is dropped, however many choose one expert. After a forward, `balance` and `router_z` hold what
+    `router_losses` sums up, and `counts` (E,) how many tokens each expert had.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        experts = (MLP(config, config.moe_intermediate_size) for _ in range(config.num_experts))
+        self.experts = nn.ModuleList(experts)
+        self.chosen, self.normalised = config.num_experts_per_tok, config.norm_topk_prob
+
+    def forward(self, x):
+        tokens = x.flatten(0, -2)  # (B T, H)
+        logits = self.gate(tokens).float()  # (B T, E)
+        probabilities = logits.softmax(-1)
+        weights, chosen = probabilities.topk(self.chosen)  # (B T, k)
+        if self.normalised:
+            weights = weights / weights.sum(-1, keepdim=True)
+        self.counts = F.one_hot(chosen, len(self.experts)).sum((0, 1))  # (E,)
+        self.balance = balancing_loss(self.counts, probabilities)
+        self.router_z = logits.logsumexp(-1).square().mean()
+        y = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):  # one without tokens too: its gradient is 0, not None
+            row, place = (chosen == number).nonzero(as_tuple=True)
+            y.index_add_(0, row, expert(tokens[row]) * weights[row, place, None].to(y.dtype))
+        return y.view_as(x)
+
+
+def balancing_loss(counts, probabilities):
+    """E sum_i f_i P_i (Fedus et al. 2021, eq. 4): an expert's share of choices, times its mean probability.
+
+    counts (E,); probabilities (N, E). 1 where all experts have equal shares.
+    """
+    share = counts / counts.sum()
+    return len(counts) * (share * probabilities.mean(0)).sum()
+
+
+def router_losses(model):
+    """(balancing loss, z-loss (Zoph et al. 2022, eq. 5)) of the last forward, means over its layers."""
+    layers = [module for module in model.modules() if isinstance(module, Experts)]
+    return (sum(layer.balance for layer in layers) / len(layers),
+            sum(layer.router_z for layer in layers) / len(layers))
+
+
+class Block(nn.Module):
+    """One layer: x + attention(norm x), then x + mlp(norm x)."""
+
+    def __init__(self, config: Config, layer):
+        super().__init__()
         self.self_attn = Attention(config)
-        self.mlp = MLP(config)
+        sparse = layer in config.sparse_layers
+        self.mlp = Experts(config) if sparse else MLP(config, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -154,7 +279,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, ids, positions=None, documents=None, cache=None):
@@ -162,25 +287,35 @@ class Decoder(nn.Module):
         if positions is None:
             start = torch.arange(T, device=ids.device).expand(B, T)
             positions = start if cache is None else cache.positions(T)
-        mask = document_mask(documents) if cache is None else cache.mask(T)
-        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
+        masks = {window: cache.mask(T, window) if cache else training_mask(T, window, documents, ids.device)
+                 for window in set(self.config.windows)}
+        cos, sin = rotary(positions, self.config)
         x = self.embed_tokens(ids)  # (B, T, H)
-        for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, mask, cache, i)
+        for i, (layer, window) in enumerate(zip(self.layers, self.config.windows)):
+            x = layer(x, cos, sin, masks[window], cache, i)
         if cache is not None:
             cache.length += T
         return self.norm(x)
 
 
-def document_mask(documents):
-    """(B, T) document numbers -> (B, 1, T, T), true where a token may look: back, and inside its document.
+def training_mask(T, window, documents, device):
+    """(B or 1, 1, T, T), true where a token may look: back, inside its window and document (numbers, (B, T)).
 
-    None (one document a row) stays None: plain causal attention has a faster path.
+    None where plain causal attention says it all: that has a faster path.
     """
-    if documents is None:
+    if documents is None and (window is None or window >= T):
         return None
-    same = documents[:, :, None] == documents[:, None, :]  # (B, T, T)
-    return same.tril()[:, None]
+    column = torch.arange(T, device=device)
+    seen = window_mask(column[:, None], column, window)[None]  # (1, T, T)
+    if documents is not None:
+        seen = seen & (documents[:, :, None] == documents[:, None, :])  # (B, T, T)
+    return seen[:, None]
+
+
+def window_mask(query, key, window):
+    """True where a query's column may see a key's: not later, and fewer than `window` columns back."""
+    seen = key <= query
+    return seen if window is None else seen & (key > query - window)
 
 
 class CausalLM(nn.Module):
@@ -191,9 +326,12 @@ class CausalLM(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        self.tie_weights()
         self.source = None  # the folder it was loaded from: its files are kept when it is saved again
+
+    def tie_weights(self):
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, ids, positions=None, documents=None, cache=None, targets=None):
         """ids (B, T) -> logits (B, T, V); with targets (B, T): their log-probabilities (B, T) in fp32, nats.
@@ -215,13 +353,15 @@ class CausalLM(nn.Module):
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 std = 0.02 / math.sqrt(2 * self.config.num_hidden_layers) if residual else 0.02
                 parameter.normal_(0.0, std, generator=generator)
+            elif name.endswith(".bias"):
+                parameter.zero_()
         return self
 
 
 class RewardModel(nn.Module):
     """Decoder with a head of one number instead of the vocabulary: a reward model, or PPO's critic.
 
-    transformers calls it Qwen3ForSequenceClassification. The reward of a dialogue is the score at its last
+    transformers calls it ...ForSequenceClassification. The reward of a dialogue is the score at its last
     token; a critic's value is the score at each token.
     """
 
@@ -231,6 +371,9 @@ class RewardModel(nn.Module):
         self.model = Decoder(config)
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
         self.source = None
+
+    def tie_weights(self):
+        """Nothing to tie: the head is its own."""
 
     def forward(self, ids, positions=None, documents=None):
         """ids (B, T) -> scores (B, T), fp32."""
@@ -244,7 +387,8 @@ class RewardModel(nn.Module):
 class Cache:
     """Keys and values of the tokens so far, for prompts of different length, padded on the left.
 
-    Column c of row b holds token c - start[b] of that row; columns before start[b] are padding.
+    Column c of row b holds token c - start[b] of that row; columns before start[b] are padding. `length` columns
+    are filled; to go back, make it smaller.
     """
 
     def __init__(self, config: Config, start, columns, device, dtype):
@@ -256,6 +400,13 @@ class Cache:
         self.padded = bool(self.start.any())
         self.length = 0
 
+    def reserve(self, columns):
+        """Make room for so many columns in all."""
+        more = columns - self.keys[0].shape[2]
+        if more > 0:
+            self.keys = [F.pad(k, (0, 0, 0, more)) for k in self.keys]
+            self.values = [F.pad(v, (0, 0, 0, more)) for v in self.values]
+
     def append(self, layer, k, v):
         end = self.length + k.shape[2]
         self.keys[layer][:, :, self.length : end] = k
@@ -266,20 +417,21 @@ class Cache:
         columns = torch.arange(self.length, self.length + T, device=self.start.device)
         return (columns - self.start[:, None]).clamp(min=0)  # (B, T)
 
-    def mask(self, T):
+    def mask(self, T, window=None):
         """(B, 1, T, columns): true where a new token may look; None while plain causal attention says it all.
 
         A padding column sees itself only: a row with nothing to look at would be NaN.
         """
-        if not self.padded and self.length == 0:
+        columns = self.length + T
+        if not self.padded and (self.length == 0 or T == 1) and (window is None or window >= columns):
             return None
-        query = torch.arange(self.length, self.length + T, device=self.start.device)[:, None]
-        key = torch.arange(self.length + T, device=self.start.device)
-        seen = (key <= query) & (key >= self.start[:, None, None])  # (B, T, columns)
+        query = torch.arange(self.length, columns, device=self.start.device)[:, None]
+        key = torch.arange(columns, device=self.start.device)
+        seen = window_mask(query, key, window) & (key >= self.start[:, None, None])  # (B, T, columns)
         return (seen | (key == query))[:, None]
 
     def keep(self, rows):
-        """Keep these rows of the batch only: finished rows leave."""
+        """Keep these rows of the batch, in this order (one may come more than once)."""
         self.keys = [k[rows] for k in self.keys]
         self.values = [v[rows] for v in self.values]
         self.start = self.start[rows]
@@ -300,38 +452,54 @@ def uniforms(seed, rows, token):
     return torch.from_numpy(((x >> np.uint64(40)).astype(np.float32) + 0.5) / np.float32(2**24))  # (rows,)
 
 
-def filtered_logprobs(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """Log-probabilities (B, V) of the distribution that is sampled; what is cut off has -inf.
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen from the logits, in this order."""
 
-    top_k keeps the k likeliest (Fan et al. 2018), top_p the smallest set holding p of the mass (Holtzman et
-    al. 2020), min_p what has at least min_p times the top probability (Nguyen et al. 2024), in that order.
-    """
-    logprobs = (logits.float() / temperature).log_softmax(-1)  # (B, V)
-    if top_k > 0:
-        kth = logprobs.topk(min(top_k, logprobs.shape[-1])).values[:, -1:]
+    repetition_penalty: float = 1.0  # what is in the prompt or the answer is so much less likely (1 is off)
+    presence_penalty: float = 0.0  # subtracted from the logits of what is in the answer
+    temperature: float = 0.0  # 0 takes the likeliest
+    top_k: int = 0  # keep the k likeliest (Fan et al. 2018); 0 is off
+    top_p: float = 1.0  # keep the smallest set that holds p of the mass (Holtzman et al. 2020)
+    min_p: float = 0.0  # keep what has at least min_p times the top probability (Nguyen et al. 2024)
+    seed: int = 0
+
+
+def penalised(logits, prompt, answer, how: Sampling):
+    """Logits (B, V) after the penalties; prompt, answer (B, V): true for the tokens that are there."""
+    said = prompt | answer
+    lower = torch.where(logits > 0, logits / how.repetition_penalty, logits * how.repetition_penalty)
+    return torch.where(said, lower, logits) - how.presence_penalty * answer  # (Keskar et al. 2019, section 4.1)
+
+
+def filtered_logprobs(logits, how: Sampling):
+    """Log-probabilities (B, V) of the distribution that is sampled; what is cut off has -inf."""
+    logprobs = (logits.float() / how.temperature).log_softmax(-1)  # (B, V)
+    if how.top_k > 0:
+        kth = logprobs.topk(min(how.top_k, logprobs.shape[-1])).values[:, -1:]
         logprobs = logprobs.masked_fill(logprobs < kth, -math.inf).log_softmax(-1)
-    if top_p < 1.0:
+    if how.top_p < 1.0:
         ordered, index = logprobs.sort(descending=True)
         mass_before = ordered.exp().cumsum(-1) - ordered.exp()
-        cut = torch.zeros_like(ordered, dtype=torch.bool).scatter(-1, index, mass_before >= top_p)
+        cut = torch.zeros_like(ordered, dtype=torch.bool).scatter(-1, index, mass_before >= how.top_p)
         cut.scatter_(-1, index[:, :1], False)  # the likeliest always stays
         logprobs = logprobs.masked_fill(cut, -math.inf).log_softmax(-1)
-    if min_p > 0.0:
-        floor = logprobs.max(-1, keepdim=True).values + math.log(min(min_p, 1.0))
+    if how.min_p > 0.0:
+        floor = logprobs.max(-1, keepdim=True).values + math.log(min(how.min_p, 1.0))
         logprobs = logprobs.masked_fill(logprobs < floor, -math.inf).log_softmax(-1)
     return logprobs
 
 
-def sample(logits, uniform, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0):
+def sample(logits, uniform, how: Sampling):
     """Next ids (B,) and their log-probabilities (B,) under the very distribution they came from.
 
     Inverse CDF with one uniform (B,) a row; temperature 0 is greedy, with the model's own log-probability.
     """
-    if temperature == 0.0:
+    if how.temperature == 0.0:
         logprobs = logits.float().log_softmax(-1)
         ids = logits.argmax(-1)
     else:
-        logprobs = filtered_logprobs(logits, temperature, top_k, top_p, min_p)
+        logprobs = filtered_logprobs(logits, how)
         cdf = logprobs.exp().cumsum(-1)  # (B, V)
         point = uniform.to(cdf.device)[:, None] * cdf[:, -1:]
         ids = torch.searchsorted(cdf, point, right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
@@ -342,63 +510,115 @@ def sample(logits, uniform, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0):
 
 @dataclass
 class Sample:
-    """One answer: its ids (with the stop id when it finished) and the log-probability of each (nats)."""
+    """One answer: its ids, the log-probability of each (nats), and whether it ended by itself.
+
+    The id that ended it is the last one; where a stop string did, the string is in the text.
+    """
 
     ids: list[int]
     logprobs: list[float]
     finished: bool
 
 
-@torch.inference_mode()
-def generate_tokens(model, prompts, max_new_tokens, stop_ids, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0,
-                    seed=0, rows=None):
-    """Yield (row, id, log-probability, finished) for each new token of each prompt, a step at a time.
+class StopStrings:
+    """`ends` for `generate`: an answer ends when its text holds one of some strings."""
 
-    prompts: lists of ids, none empty. rows: each prompt's number in the whole run (sampling depends on it);
-    default 0, 1, 2, ... Rows that finished leave the batch. InputError for a prompt beyond the context.
+    def __init__(self, tokenizer, strings):
+        self.strings = strings
+        self.decoders = collections.defaultdict(lambda: StreamDecoder(tokenizer))
+        self.texts = collections.defaultdict(str)
+
+    def __call__(self, row, token):
+        self.texts[row] += self.decoders[row].feed(token)
+        return any(string in self.texts[row] for string in self.strings)
+
+    def cut(self, text):
+        """The text before the first of the strings."""
+        return text[: min([text.find(string) for string in self.strings if string in text], default=len(text))]
+
+
+PREFILL = 512  # columns of a prompt that go through the model at once: longer ones would need much memory
+
+
+@torch.inference_mode()
+def generate_tokens(model, prompts, max_new_tokens, stop_ids, rows=None, samples=1, ends=None, cache=None,
+                    **sampling):
+    """Yield (row, id, log-probability, finished) for each new token of each answer, a step at a time.
+
+    prompts: lists of ids, none empty; each has `samples` answers: row is prompt * samples + sample. rows: each
+    row's number in the whole run (sampling depends on it; default 0, 1, 2, ...). ends: (row, id) -> whether
+    the answer is done, beside stop_ids. cache: what came before the one prompt, to go on from. sampling: see
+    `Sampling`. Rows that finished leave the batch. InputError for a prompt beyond the context.
     """
-    device = next(model.parameters()).device
+    how, longest = Sampling(**sampling), max(map(len, prompts))
+    cache = prepare_cache(model, prompts, max_new_tokens, cache)
+    limit = min(max_new_tokens, model.config.max_position_embeddings - cache.length - longest)
+    device = cache.start.device
+    ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)  # (B, T)
+    for columns in ids.split(PREFILL, 1):
+        hidden = model.model(columns, cache=cache)[:, -1]  # (B, H): only the last column needs the head
+    live = list(range(len(prompts) * samples))  # which row each of the shrinking batch is
+    rows = np.arange(len(live)) if rows is None else np.asarray(rows)
+    if samples > 1:
+        each = torch.arange(len(prompts), device=device).repeat_interleave(samples)
+        cache.keep(each)
+        hidden = hidden[each]
+    penalties = how.repetition_penalty != 1.0 or how.presence_penalty
+    said = said_by(prompts, samples, model.config.vocab_size, device) if penalties else None
+    for step in range(limit):
+        logits = model.lm_head(hidden)  # (B, V)
+        if penalties:
+            logits = penalised(logits, *said, how)
+        uniform = uniforms(how.seed, rows[live], step) if how.temperature else None
+        new, logprobs = sample(logits, uniform, how)
+        tokens, values = new.tolist(), logprobs.tolist()
+        done = [token in stop_ids or bool(ends and ends(row, token)) for row, token in zip(live, tokens)]
+        yield from zip(live, tokens, values, done)
+        stay = [i for i, over in enumerate(done) if not over]
+        if not stay or step == limit - 1:
+            return
+        if penalties:
+            said[1, range(len(live)), new] = True
+        if len(stay) < len(live):
+            live, keep = [live[i] for i in stay], torch.tensor(stay, device=device)
+            new, said = new[keep], said[:, keep] if penalties else None
+            cache.keep(keep)
+        hidden = model.model(new[:, None], cache=cache)[:, -1]
+
+
+def said_by(prompts, samples, vocab_size, device):
+    """(2, B, V), true for the tokens of each row's prompt, and of its answer (none yet)."""
+    said = torch.zeros(2, len(prompts) * samples, vocab_size, dtype=torch.bool, device=device)
+    for row, prompt in enumerate(p for p in prompts for _ in range(samples)):
+        said[0, row, prompt] = True
+    return said
+
+
+def prepare_cache(model, prompts, max_new_tokens, cache):
+    """A cache with room for prompts and answers, or the one that is given, with more room."""
     longest, limit = max(map(len, prompts)), model.config.max_position_embeddings
+    before = cache.length if cache else 0
     if min(map(len, prompts)) == 0:
         raise InputError("a prompt has no tokens: start it with <|endoftext|>, or ask in chat form")
-    if longest + 1 > limit:
-        raise InputError(f"a prompt of {longest} tokens leaves no room in a context of {limit}")
-    max_new_tokens = min(max_new_tokens, limit - longest)
-    start = [longest - len(p) for p in prompts]
-    ids = torch.tensor([[0] * s + list(p) for s, p in zip(start, prompts)], device=device)  # (B, T)
-    dtype = next(model.parameters()).dtype
-    cache = Cache(model.config, start, longest + max_new_tokens, device, dtype)
-    live = list(range(len(prompts)))  # which prompt each row of the shrinking batch is
-    rows = np.arange(len(prompts)) if rows is None else np.asarray(rows)
-    for step in range(max_new_tokens):
-        hidden = model.model(ids, cache=cache)[:, -1]  # (B, H): only the last column needs the head
-        uniform = uniforms(seed, rows[live], step) if temperature else None
-        new, logprobs = sample(model.lm_head(hidden), uniform, temperature, top_k, top_p, min_p)
-        tokens, values = new.tolist(), logprobs.tolist()
-        stay = [i for i, token in enumerate(tokens) if token not in stop_ids]
-        for i, row in enumerate(live):
-            yield row, tokens[i], values[i], tokens[i] in stop_ids
-        if not stay:
-            return
-        if len(stay) < len(live):
-            live = [live[i] for i in stay]
-            keep = torch.tensor(stay, device=device)
-            new = new[keep]
-            cache.keep(keep)
-        ids = new[:, None]  # (B, 1)
+    if before + longest + 1 > limit:
+        raise InputError(f"a prompt of {before + longest} tokens leaves no room in a context of {limit}")
+    columns = min(before + longest + max_new_tokens, limit)
+    if cache is None:
+        weight = next(model.parameters())
+        return Cache(model.config, [longest - len(p) for p in prompts], columns, weight.device, weight.dtype)
+    cache.reserve(columns)
+    return cache
 
 
-def generate(model, prompts, max_new_tokens, stop_ids, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0,
-             rows=None):
+def generate(model, prompts, max_new_tokens, stop_ids, samples=1, **how):
     """Answers to prompts (lists of ids), as a list of Sample in the same order; see `generate_tokens`."""
-    samples = [Sample([], [], False) for _ in prompts]
-    tokens = generate_tokens(model, prompts, max_new_tokens, set(stop_ids), temperature, top_k, top_p, min_p,
-                             seed, rows)
+    answers = [Sample([], [], False) for _ in range(len(prompts) * samples)]
+    tokens = generate_tokens(model, prompts, max_new_tokens, set(stop_ids), samples=samples, **how)
     for row, token, logprob, finished in tokens:
-        samples[row].ids.append(token)
-        samples[row].logprobs.append(logprob)
-        samples[row].finished = finished
-    return samples
+        answers[row].ids.append(token)
+        answers[row].logprobs.append(logprob)
+        answers[row].finished = finished
+    return answers
 
 
 def window_batch(tokens, indices, max_length, endoftext):
@@ -523,7 +743,7 @@ def unpack_int4(packed):
 class QuantizedLinear(nn.Module):
     """A linear layer that keeps its codes and scales, and makes the weight of them in each forward."""
 
-    def __init__(self, out_features, in_features, bits, group, scale_dtype, device):
+    def __init__(self, out_features, in_features, bits, group, scale_dtype, bias, device):
         super().__init__()
         self.shape = [out_features, in_features]
         codes = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
@@ -534,6 +754,7 @@ class QuantizedLinear(nn.Module):
             self.register_buffer("weight", codes)  # (out, in)
         scales = torch.ones(out_features, in_features // group, dtype=scale_dtype, device=device)
         self.register_buffer("weight_scale", scales)  # (out, in / group)
+        self.bias = bias  # a parameter (out,), or None
 
     def dequantized(self):
         """The weight (out, in), fp32."""
@@ -542,7 +763,7 @@ class QuantizedLinear(nn.Module):
         return (codes.unflatten(1, (scales.shape[1], -1)) * scales).flatten(1)
 
     def forward(self, x):
-        return F.linear(x, self.dequantized().to(x.dtype))
+        return F.linear(x, self.dequantized().to(x.dtype), self.bias)
 
 
 def add_quantized(model, bits, group, where, tensors=None):
@@ -553,6 +774,8 @@ def add_quantized(model, bits, group, where, tensors=None):
     """
     linear = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n]
     for name, module in linear:
+        if name.endswith("mlp.gate"):  # the router of a mixture of experts stays exact
+            continue
         out_features, in_features = module.weight.shape
         size = group or in_features
         if in_features % size or bits == 4 and size % 8:
@@ -561,31 +784,35 @@ def add_quantized(model, bits, group, where, tensors=None):
                              f"of {size}{words}")
         dtype = getattr((tensors or {}).get(f"{name}.weight_scale"), "dtype", None)
         dtype = dtype if dtype in (torch.float32, torch.float16) else torch.bfloat16
-        layer = QuantizedLinear(out_features, in_features, bits, size, dtype, module.weight.device)
+        layer = QuantizedLinear(out_features, in_features, bits, size, dtype, module.bias, module.weight.device)
         model.set_submodule(name, layer)
     return model
 
 
-def quantization_config(bits, group):
-    """`quantization_config` of config.json, in compressed-tensors' words; group 0: a scale for each row."""
+def quantization_config(bits, group, experts=False):
+    """`quantization_config` of config.json, in compressed-tensors' words; group 0: a scale for each row.
+
+    experts: the model has some, and the routers that choose among them are left as they are.
+    """
     weights = {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False, "actorder": None,
                "strategy": "group" if group else "channel", "group_size": group or None}
     layers = {"targets": ["Linear"], "format": FORMATS[bits], "weights": weights, "input_activations": None,
               "output_activations": None}
     return {"quant_method": "compressed-tensors", "format": FORMATS[bits],
-            "quantization_status": "compressed", "ignore": ["lm_head"], "kv_cache_scheme": None,
+            "quantization_status": "compressed", "ignore": ["lm_head", *["re:.*mlp.gate$"] * experts], "kv_cache_scheme": None,
             "sparsity_config": {}, "transform_config": {}, "config_groups": {"group_0": layers}}
 
 
 def read_quantization(path):
     """(bits, group) of a config.json, or None where weights are plain; InputError for any other layout."""
-    found = read_json(path).get("quantization_config")
+    raw = read_json(path)
+    found, experts = raw.get("quantization_config"), "moe" in str(raw.get("model_type"))
     if found is None:
         return None
     try:
         (layers,) = found["config_groups"].values()
         bits, group = layers["weights"]["num_bits"], layers["weights"].get("group_size") or 0
-        ours = quantization_config(bits, group)
+        ours = quantization_config(bits, group, experts)
         pairs = [(found, ours), (layers, ours["config_groups"]["group_0"])]
         pairs.append((layers["weights"], pairs[1][1]["weights"]))
     except (AttributeError, KeyError, TypeError, ValueError):
@@ -642,50 +869,141 @@ def write_text(path, text):
     os.replace(temporary, path)
 
 
+# What we load: `model_type` of config.json, and the name its `architectures` begin with.
+ARCHITECTURES = {"qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "llama": "Llama",
+                 "mistral": "Mistral"}
+HEADS = {CausalLM: "ForCausalLM", RewardModel: "ForSequenceClassification"}
+
 # What would change the numbers and is not in this file: the value that means "off"; any other is an error.
-MUST_BE = {"attention_bias": False, "hidden_act": "silu", "use_sliding_window": False,
-           "attention_dropout": 0.0}
+MUST_BE = {"hidden_act": "silu", "attention_dropout": 0.0, "pretraining_tp": 1, "partial_rotary_factor": 1.0}
+
+# What transformers takes where config.json says nothing; head_dim is then hidden_size / num_attention_heads.
+DEFAULTS = {"qwen2": {"num_key_value_heads": 32},
+            "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+            "qwen3_moe": {"num_key_value_heads": 4, "num_experts": 128},
+            "llama": {"max_position_embeddings": 2048},
+            "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}}
+
+# The kinds of RoPE, and the numbers each needs; what it may have beside.
+ROPES = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
+         "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+ROPE_NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow",
+                "attention_factor", "mscale", "mscale_all_dim", "original_max_position_embeddings")
 
 
-def read_config(folder, architecture):
-    """config.json -> Config. Absent keys take Qwen3's defaults; what is not supported is an error."""
+def read_config(folder, kind):
+    """config.json -> Config. Absent keys take the architecture's defaults; InputError for what is not here."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise InputError(f"{folder}: not a model folder (no config.json there)")
     raw = read_json(path)
-    architectures = raw.get("architectures")
-    if architectures != [architecture]:
-        raise InputError(f"{path}: architectures {architectures} is not supported here; {architecture} is")
+    names = {name + HEADS[kind]: model_type for model_type, name in ARCHITECTURES.items()}
+    found = raw.get("architectures")
+    if not isinstance(found, list) or len(found) != 1 or found[0] not in names:
+        raise InputError(f"{path}: architectures {found} is not supported here; {', '.join(names)} are")
     for key, value in MUST_BE.items():
         if raw.get(key, value) not in (value, None):
             raise InputError(f"{path}: {key} = {raw[key]!r} is not supported")
+    fields, model_type = dataclasses.fields(Config), names[found[0]]
+    raw = DEFAULTS[model_type] | {key: value for key, value in raw.items()
+                                  if value is not None or key == "sliding_window"}
+    for field in fields:
+        check_value(raw, field.name, {"int": int, "float": float, "bool": bool}.get(field.type), path)
+    missing = [field.name for field in fields if field.default is dataclasses.MISSING
+               and field.name not in raw | {"num_key_value_heads": 0}]
+    if missing:
+        raise InputError(f"{path}: {', '.join(missing)} missing")
+    values = raw | read_rope(raw, path) | derived_values(raw, model_type, path)
+    return Config(**{field.name: values[field.name] for field in fields if field.name in values})
+
+
+def check_value(raw, name, kind, path):
+    """InputError where a value is there and not of its kind: a bool, a number above 0, a whole one."""
+    if kind and name in raw:
+        value, kinds = raw[name], {int: int, float: (int, float), bool: bool}
+        right = isinstance(value, kinds[kind]) and isinstance(value, bool) == (kind is bool)
+        if not right or kind is int and value < 1 or kind is float and not 0 < value < math.inf:
+            raise InputError(f"{path}: {name} = {value!r} is not a valid {kind.__name__}")
+
+
+def read_rope(raw, path):
+    """rope_theta and rope_scaling of a config.json in either dialect; transformers 5 has rope_parameters."""
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise InputError(f"{path}: rope_parameters = {rope!r} is not an object")
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise InputError(f"{path}: RoPE type {rope.get('rope_type', rope.get('type'))!r} is not supported")
-    raw = raw | {"rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10000.0))}
-    known = {field.name: field for field in dataclasses.fields(Config)}
-    missing = [name for name, field in known.items()
-               if field.default is dataclasses.MISSING and name not in raw]
+    rope = {key: value for key, value in rope.items() if value is not None}
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    if kind not in ROPES:
+        raise InputError(f"{path}: RoPE type {kind!r} is not supported")
+    if rope.get("partial_rotary_factor") == 1.0:
+        del rope["partial_rotary_factor"]
+    unknown = [key for key in rope if key not in (*ROPE_NUMBERS, "type", "truncate")]
+    if unknown:
+        raise InputError(f"{path}: RoPE's {unknown[0]} is not supported")
+    missing = [key for key in ROPES[kind] if key not in rope]
     if missing:
-        raise InputError(f"{path}: {', '.join(missing)} missing")
-    values = {name: raw[name] for name in known if name in raw}
-    for name, value in values.items():
-        wanted = bool if name == "tie_word_embeddings" else float if "r" == name[0] else int
-        if not isinstance(value, int | float if wanted is float else wanted) or (wanted is int and value < 1):
-            raise InputError(f"{path}: {name} = {value!r} is not a valid {wanted.__name__}")
-    return Config(**values)
+        raise InputError(f"{path}: RoPE type {kind!r} needs {missing[0]}")
+    for name in ROPE_NUMBERS:
+        check_value(rope, name, float, path)
+    theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
+    if kind in ("llama3", "yarn"):  # the context it was trained with
+        known = raw.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+        rope["original_max_position_embeddings"] = known or raw["max_position_embeddings"]
+    return {"rope_theta": theta, "rope_scaling": None if kind == "default" else {"rope_type": kind, **rope}}
+
+
+def derived_values(raw, model_type, path):
+    """What each architecture says in its own words, or not at all: heads, biases, windows, experts."""
+    layers, heads = raw["num_hidden_layers"], raw["num_attention_heads"]
+    groups = raw.get("num_key_value_heads", heads)
+    head_dim = raw.get("head_dim", raw["hidden_size"] // heads)
+    if heads % groups or head_dim % 2:
+        raise InputError(f"{path}: {heads} attention heads cannot share {groups} keys and values, "
+                         f"or head_dim {head_dim} is odd")
+    values = {"model_type": model_type, "num_key_value_heads": groups, "head_dim": head_dim,
+              "attention_bias": model_type == "qwen2" or raw.get("attention_bias", False),
+              "mlp_bias": model_type == "llama" and raw.get("mlp_bias", False),
+              "sliding_window": None, "layer_types": None}
+    if model_type == "mistral" or model_type != "llama" and raw.get("use_sliding_window"):
+        values |= window_values(raw, model_type, path)
+    if model_type == "qwen3_moe":
+        dense, step = raw.get("mlp_only_layers", []), raw.get("decoder_sparse_step", 1)
+        sparse = tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0)
+        values |= {"num_experts": raw.get("num_local_experts", raw["num_experts"]), "sparse_layers": sparse}
+    return values
+
+
+def window_values(raw, model_type, path):
+    """sliding_window, layer_types: Qwen has the window in layers from max_window_layers on, or as listed."""
+    window, layers = raw.get("sliding_window", 4096), raw["num_hidden_layers"]
+    if window is None:
+        return {}
+    check_value({"sliding_window": window}, "sliding_window", int, path)
+    full = raw.get("max_window_layers", 28) if model_type in ("qwen2", "qwen3") else 0
+    kinds = ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
+    listed = raw.get("layer_types", kinds)
+    if not isinstance(listed, list) or len(listed) != layers or set(listed) - {"full_attention",
+                                                                               "sliding_attention"}:
+        raise InputError(f"{path}: layer_types = {listed!r} is not supported")
+    return {"sliding_window": window, "layer_types": listed}
 
 
 def config_json(config: Config, tokenizer):
     """The config.json of a language model we create, in both dialects (rope_theta, rope_parameters, ...)."""
-    theta = float(config.rope_theta)
+    theta, own = float(config.rope_theta), dataclasses.asdict(config)
+    sparse = own.pop("sparse_layers")
+    foreign = ["mlp_bias", "layer_types"]  # what Qwen3 does not have
+    if config.model_type == "qwen3_moe":
+        dense = [i for i in range(config.num_hidden_layers) if i not in sparse]
+        own |= {"mlp_only_layers": dense, "decoder_sparse_step": 1}
+    else:
+        foreign += ["num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"]
     return {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **dataclasses.asdict(config),
+        "architectures": [ARCHITECTURES[config.model_type] + HEADS[CausalLM]],
+        **{name: value for name, value in own.items() if name not in foreign},
         "rope_theta": theta, "rope_scaling": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
-        "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02,
+        "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02,
         "use_sliding_window": False, "sliding_window": None, "max_window_layers": config.num_hidden_layers,
         "use_cache": True, "bos_token_id": None, "eos_token_id": tokenizer.im_end,
         "pad_token_id": tokenizer.pad, "dtype": "float32", "torch_dtype": "float32",
@@ -697,8 +1015,9 @@ def read_weights(folder):
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     weight_map = read_json(index).get("weight_map") if index.exists() else {"": "model.safetensors"}
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise InputError(f"{index}: expected an object `weight_map` of file names")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) and Path(name).name == name
+                                                   for name in weight_map.values()):
+        raise InputError(f"{index}: expected an object `weight_map` of names of files beside it")
     weights = {}
     for name in sorted(set(weight_map.values())):
         weights |= read_safetensors(folder / name)
@@ -715,27 +1034,44 @@ def read_safetensors(path):
         raise InputError(f"{path}: damaged or not a safetensors file ({error})") from None
 
 
-def load_weights(model, weights, where):
-    """Copy tensors into a model; every name and shape must match (a tied head may be absent)."""
+def check_shapes(model, weights, where):
+    """InputError unless a model (on the meta device) and its weights have the same names, shapes and kinds."""
     own = model.state_dict()
-    if model.config.tie_word_embeddings:
-        weights = {k: v for k, v in weights.items() if k != "lm_head.weight"}
-        own = {k: v for k, v in own.items() if k != "lm_head.weight"}
-    missing, unexpected = own.keys() - weights.keys(), weights.keys() - own.keys()
+    tied = tied_names(model)
+    missing, unexpected = own.keys() - weights.keys() - tied, weights.keys() - own.keys() - tied
     for problem, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
             raise InputError(f"{where}: {len(names)} {problem} tensors, {sorted(names)[0]} among them")
-    for name, tensor in own.items():
-        if tensor.shape != weights[name].shape:
-            found, expected = tuple(weights[name].shape), tuple(tensor.shape)
-            raise InputError(f"{where}: {name} is {found}, expected {expected}")
-        if tensor.dtype != weights[name].dtype and not (tensor.is_floating_point()
-                                                        and weights[name].is_floating_point()):
-            raise InputError(f"{where}: {name} is {weights[name].dtype}, expected {tensor.dtype}")
-        tensor.copy_(weights[name])
+    for name in own.keys() - tied:
+        tensor, found = own[name], weights[name]
+        if tensor.shape != found.shape:
+            raise InputError(f"{where}: {name} is {tuple(found.shape)}, expected {tuple(tensor.shape)}")
+        if tensor.dtype != found.dtype and not (tensor.is_floating_point() and found.is_floating_point()):
+            raise InputError(f"{where}: {name} is {found.dtype}, expected {tensor.dtype}")
 
 
-ARCHITECTURES = {CausalLM: "Qwen3ForCausalLM", RewardModel: "Qwen3ForSequenceClassification"}
+def load_weights(model, weights, where):
+    """Copy tensors into a model; InputError where they are not finite."""
+    own = model.state_dict()
+    for name in own.keys() - tied_names(model):
+        own[name].copy_(weights[name])
+        if own[name].is_floating_point() and not own[name].isfinite().all():
+            raise InputError(f"{where}: {name} has numbers that are not finite")
+
+
+def tied_names(model):
+    """Tensors that are another's: a file may have them or not, and they are not read."""
+    return {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+
+
+def check_counts(config, weights, where):
+    """InputError where config.json tells of other numbers of layers or experts than there are: made first, they
+    would take for ever."""
+    for what, before, expected in (("layers", "model.layers.", config.num_hidden_layers),
+                                   ("experts", ".mlp.experts.", config.num_experts if config.sparse_layers else 0)):
+        found = {name.partition(before)[2].partition(".")[0] for name in weights if before in name}
+        if len(found) != expected:
+            raise InputError(f"{where}: config.json says {expected} {what}, the weights have {len(found)}")
 
 
 def load_folder(folder, device="cpu", dtype=torch.float32, kind=CausalLM):
@@ -749,13 +1085,21 @@ def load_folder(folder, device="cpu", dtype=torch.float32, kind=CausalLM):
         raise InputError(f"{folder}: no such folder")
     if (folder / "adapter_config.json").exists() and kind is CausalLM:
         return load_adapter(folder, device, dtype)
-    config, layout = read_config(folder, ARCHITECTURES[kind]), read_quantization(folder / "config.json")
+    config, layout = read_config(folder, kind), read_quantization(folder / "config.json")
     if layout and kind is RewardModel:
         raise InputError(f"{folder}: a quantized reward model is not supported")
     weights = read_weights(folder)
-    model = kind(config).to(device=device, dtype=dtype)
+    check_counts(config, weights, folder)
+    try:
+        with torch.device("meta"):  # shapes without memory: what is loaded is allocated once, in its dtype
+            model = kind(config).to(dtype)
+    except RuntimeError as error:
+        raise InputError(f"{folder}/config.json: no such model can be made ({error})") from None
     if layout:
-        add_quantized(model, *layout, folder, weights)
+        with torch.device("meta"):
+            add_quantized(model, *layout, folder, weights)
+    check_shapes(model, weights, folder)
+    model.to_empty(device=device).tie_weights()
     load_weights(model, weights, folder)
     check_quantized(model, folder)
     model.source = folder
@@ -873,7 +1217,8 @@ def save_folder(folder, model, tokenizer, max_shard=5 * 2**30):
             if file.suffix in (".json", ".model", ".txt", ".jinja") and file.name not in NOT_COPIED:
                 shutil.copyfile(file, folder / file.name)
     if isinstance(model, RewardModel):  # num_labels 1, as transformers spells it
-        head = {"architectures": [ARCHITECTURES[RewardModel]], "id2label": {"0": "LABEL_0"},
+        name = ARCHITECTURES[model.config.model_type] + HEADS[RewardModel]
+        head = {"architectures": [name], "id2label": {"0": "LABEL_0"},
                 "label2id": {"LABEL_0": 0}, "pad_token_id": tokenizer.pad}
         write_json(folder / "config.json", read_json(folder / "config.json") | head)
     dtype = getattr(model, "stored_dtype", torch.float32)
@@ -1375,7 +1720,7 @@ class StopSignal:
 
 @dataclass(kw_only=True)
 class Options:
-    """Chat with a model in the terminal. /reset forgets the dialogue, /quit (or Ctrl-D) leaves."""
+    """Chat with a model in the terminal. /help tells what can be typed there."""
 
     model: str = option("checkpoint folder: a model, or a LoRA adapter")
     temperature: float = option("0 always takes the likeliest token", 0.0, at_least=0)
@@ -1384,37 +1729,105 @@ class Options:
                           at_least=0)
     min_p: float = option("sample among tokens with at least this share of the likeliest one's probability",
                           0.0, at_least=0)
+    repetition_penalty: float = option("make what was said so much less likely; 1 is off", 1.0, at_least=0)
+    presence_penalty: float = option("subtract this from the logits of what the answer has", 0.0)
     max_new_tokens: int = option("most tokens in an answer", 256, at_least=1)
+    stop: list[str] = option("texts that end an answer, beside the model's own end", [])
     system: str = option("a system message that opens the dialogue", "")
     seed: int = option("seed of the sampling", 0)
     device: str = option("auto, cpu, cuda or mps", "auto")
 
 
-def dialogue_ids(tokenizer, messages, opening, context):
-    """Ids of a dialogue up to the answer. Where an answer of a quarter of the context would have no room, the
-    oldest turns are forgotten, but for the opening."""
-    while True:
-        ids, _ = encode_chat(tokenizer, messages, generation_prompt=True)
-        if len(ids) <= 0.75 * context or len(messages) <= opening + 2:
-            return ids
-        del messages[opening : opening + 2]
+HELP = """/reset           forget the dialogue
+/system TEXT     forget it, and open with this system message (none: without one)
+/temperature X   0 always takes the likeliest token
+/quit            leave; Ctrl-D too. Ctrl-C ends an answer, or clears what you have typed
+\"\"\"              before and after a message of several lines"""
 
 
-def answer(model, tokenizer, messages, opening, stop, options, turn):
-    """Print the answer to a dialogue as it comes, and return it. Ctrl-C ends the answer only."""
-    ids = dialogue_ids(tokenizer, messages, opening, model.config.max_position_embeddings)
-    decoder, text = StreamDecoder(tokenizer), ""
-    tokens = generate_tokens(model, [ids], options.max_new_tokens, stop, options.temperature, options.top_k,
-                             options.top_p, options.min_p, options.seed, rows=[turn])
-    try:
-        for _, token, _, finished in tokens:
-            piece = "" if finished else decoder.feed(token)
-            text += piece
-            print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        pass
-    print()
-    return text
+class Chat:
+    """A dialogue, and the keys and values of what the model has read of it."""
+
+    def __init__(self, options, model, tokenizer):
+        self.options, self.model, self.tokenizer = options, model, tokenizer
+        self.stop, self.temperature, self.turn = stop_ids(options.model, tokenizer), options.temperature, 0
+        self.restart(options.system)
+
+    def restart(self, system):
+        self.opening = [{"role": "system", "content": system}] if system else []
+        self.messages, self.cache, self.read = list(self.opening), None, []
+
+    def prompt_ids(self):
+        """Ids of the dialogue up to the answer. Where an answer of a quarter of the context would have no
+        room, the oldest turns are forgotten, but for the opening."""
+        while True:
+            ids, _ = encode_chat(self.tokenizer, self.messages, generation_prompt=True)
+            room = 0.75 * self.model.config.max_position_embeddings
+            if len(ids) <= room or len(self.messages) <= len(self.opening) + 2:
+                return ids
+            del self.messages[len(self.opening) : len(self.opening) + 2]
+
+    def answer(self):
+        """Yield the answer to the dialogue in pieces. What was read before is not read again."""
+        options, ids = self.options, self.prompt_ids()
+        if self.cache:
+            same = (i for i, (a, b) in enumerate(zip(ids, self.read)) if a != b)
+            self.cache.length = min(next(same, len(self.read)), len(self.read), len(ids) - 1)
+        else:
+            weight = next(self.model.parameters())
+            self.cache = Cache(self.model.config, [0], len(ids), weight.device, weight.dtype)
+        self.read, decoder = ids[: self.cache.length], StreamDecoder(self.tokenizer)
+        tokens = generate_tokens(
+            self.model, [ids[self.cache.length :]], options.max_new_tokens, self.stop, rows=[self.turn],
+            ends=StopStrings(self.tokenizer, options.stop), cache=self.cache, temperature=self.temperature,
+            top_k=options.top_k, top_p=options.top_p, min_p=options.min_p, seed=options.seed,
+            repetition_penalty=options.repetition_penalty, presence_penalty=options.presence_penalty)
+        for _, token, _, _ in tokens:
+            ids.append(token)
+            self.read = ids[: self.cache.length]
+            if token not in self.stop:
+                yield decoder.feed(token)
+
+    def say(self, text):
+        """Answer a message: print it as it comes, and remember both. Ctrl-C ends the answer only."""
+        self.messages.append({"role": "user", "content": text})
+        said = ""
+        try:
+            for piece in self.answer():
+                said += piece
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            pass
+        except InputError as error:  # too long a question: the dialogue goes on without it
+            print(error, file=sys.stderr)
+            return self.messages.pop()
+        print()
+        self.messages.append({"role": "assistant", "content": said})
+        self.turn += 1
+
+    def command(self, line):
+        """Obey a line that begins with a slash; False when it says to leave."""
+        name, _, rest = line.partition(" ")
+        if name == "/reset":
+            self.restart(self.opening[0]["content"] if self.opening else "")
+        elif name == "/system":
+            self.restart(rest.strip())
+        elif name == "/temperature" and re.fullmatch(r"\d+(\.\d*)?|\.\d+", rest.strip()):
+            self.temperature = float(rest)
+        elif name != "/quit":
+            print(HELP)
+        return name != "/quit"
+
+
+def read_message():
+    """What is typed: a line, or several between lines of three quotation marks. EOFError at the end of input."""
+    line = input("> ").strip()
+    if not line.startswith('"""'):
+        return line
+    lines = [line[3:]]
+    while not lines[-1].rstrip().endswith('"""'):
+        lines.append(input("  "))
+    return "\n".join(lines).strip()[:-3].strip()
 
 
 @one_line_errors
@@ -1422,31 +1835,21 @@ def main(argv=None):
     options = parse_options(Options, argv, "model.py")
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  arrow keys and history at the prompt, where the system has it
-    device = pick_device(options.device)
-    model, tokenizer = load_folder(options.model, device)
-    stop = stop_ids(options.model, tokenizer)
-    opening = [{"role": "system", "content": options.system}] if options.system else []
-    messages, turn = list(opening), 0
+    chat = Chat(options, *load_folder(options.model, pick_device(options.device)))
     while True:
         try:
-            line = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
+            line = read_message()
+        except KeyboardInterrupt:
+            print()
+            continue
+        except EOFError:
             print()
             return 0
-        if line == "/quit":
-            return 0
-        if line == "/reset":
-            messages = list(opening)
+        if line.startswith("/"):
+            if not chat.command(line):
+                return 0
         elif line:
-            messages.append({"role": "user", "content": line})
-            try:
-                text = answer(model, tokenizer, messages, len(opening), stop, options, turn)
-            except InputError as error:  # too long a question: the dialogue goes on without it
-                print(error, file=sys.stderr)
-                messages.pop()
-                continue
-            messages.append({"role": "assistant", "content": text})
-            turn += 1
+            chat.say(line)
 
 
 if __name__ == "__main__":

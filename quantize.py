@@ -64,8 +64,6 @@ def quantize_model(model, bits, group, where):
     for name, layer in model.named_modules():
         if isinstance(layer, QuantizedLinear):
             weight = weights[name].float()  # (out, in)
-            if not weight.isfinite().all():
-                raise InputError(f"{where}: {name}: not all of its weights are finite")
             codes, scales = quantize(weight, bits, group or weight.shape[1])
             layer.weight_scale.copy_(scales)
             if bits == 4:
@@ -81,8 +79,8 @@ def write_folder(folder, model, tokenizer, bits, group):
     """A model folder whose config.json says how its layers are packed; what is not packed is bf16."""
     model.stored_dtype = torch.bfloat16
     save_folder(folder, model, tokenizer)
-    config = {"quantization_config": quantization_config(bits, group), "dtype": "bfloat16",
-              "torch_dtype": "bfloat16"}
+    layout = quantization_config(bits, group, experts=bool(model.config.sparse_layers))
+    config = {"quantization_config": layout, "dtype": "bfloat16", "torch_dtype": "bfloat16"}
     write_json(folder / "config.json", read_json(folder / "config.json") | config)
 
 

@@ -105,7 +105,7 @@ sft.py              | --model sft.jsonl                   | sft.jsonl: no such f
 sft.py              | --model base-cut                    | base-cut/model.safetensors: damaged
 sft.py              | --model base-weightless             | base-weightless/model.safetensors: no such file
 sft.py              | --model config-garbled              | config-garbled/config.json
-sft.py              | --model config-llama                | config-llama/config.json LlamaForCausalLM
+sft.py              | --model config-gemma                | config-gemma/config.json Gemma2ForCausalLM
 sft.py              | --model config-wider                | config-wider model.embed_tokens.weight
 sft.py              | --model adapter-lost                | adapter-lost nowhere
 sft.py              | --model adapter-cut                 | adapter-cut/adapter_model.safetensors
@@ -236,7 +236,7 @@ def spoil_folders(folder):
     for source, name in (
         ("base", "garbled"), ("tokens", "tokens-cut"), ("tokens", "tokens-empty"), ("base", "base-cut"),
         ("base", "base-weightless"), ("base", "base-unfinished"), ("sft", "sft-unfinished"),
-        ("base", "run-garbled"), ("base", "config-garbled"), ("base", "config-llama"),
+        ("base", "run-garbled"), ("base", "config-garbled"), ("base", "config-gemma"),
         ("base", "config-wider"), ("adapter", "adapter-lost"), ("adapter", "adapter-cut"),
         ("adapter", "adapter-keyless"), ("adapter", "adapter-dora")):
         shutil.copytree(folder / source, folder / name)
@@ -248,7 +248,7 @@ def spoil_folders(folder):
     for name in ("base-unfinished", "sft-unfinished"):
         change(folder / name / "run.json", finished=False)
     (folder / "run-garbled" / "run.json").write_text("{}")
-    change(folder / "config-llama" / "config.json", architectures=["LlamaForCausalLM"])
+    change(folder / "config-gemma" / "config.json", architectures=["Gemma2ForCausalLM"])
     change(folder / "config-wider" / "config.json", hidden_size=64)
     change(folder / "adapter-lost" / "adapter_config.json", base_model_name_or_path="nowhere")
     (folder / "adapter-keyless" / "adapter_config.json").write_text('{"peft_type": "LORA"}')

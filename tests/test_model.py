@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 import model as m
 from tiny import run, tiny
-from tokenizer import InputError
+from tokenizer import InputError, encode_chat
 
 torch.set_num_threads(1)
 
@@ -85,16 +85,33 @@ def damaged(folder, kind):
         m.save_file(tensors | {"model.norm.weight": torch.zeros(7)}, path)
     elif kind == "no weights":
         path.unlink()
+    elif kind == "not finite":
+        m.save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] * math.nan}, path)
+    elif kind == "whole numbers":
+        m.save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"].int()}, path)
+    elif kind == "huge header":
+        path.write_bytes((2**30).to_bytes(8, "little") + b"{" + b" " * 1000)
+    elif kind in ("a lost shard", "a shard elsewhere"):
+        m.save_file(tensors, path.with_name("one.safetensors"))
+        path.unlink()
+        names = dict.fromkeys(tensors, "one.safetensors") | {
+            "model.norm.weight": "two.safetensors" if kind == "a lost shard" else "../one.safetensors"}
+        path.with_name("model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     else:
         config = json.loads((folder / "config.json").read_text())
         config |= {"architecture": {"architectures": ["GPT2LMHeadModel"]}, "no list": {"architectures": 5},
                    "rope": {"rope_scaling": {"rope_type": "yarn"}},
-                   "sliding": {"use_sliding_window": True}, "size": {"hidden_size": -4}}[kind]
+                   "sliding": {"use_sliding_window": True, "sliding_window": 0},
+                   "size": {"hidden_size": -4}, "wide": {"hidden_size": 10**15},
+                   "endless": {"num_hidden_layers": 10**12},
+                   "heads": {"num_attention_heads": 7}}[kind]
         (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("kind", ["truncated", "missing tensor", "one tensor too many", "wrong shape",
-                                  "no weights", "architecture", "no list", "rope", "sliding", "size"])
+                                  "no weights", "architecture", "no list", "rope", "sliding", "size",
+                                  "wide", "endless", "heads", "not finite", "whole numbers", "huge header",
+                                  "a lost shard", "a shard elsewhere"])
 def test_a_damaged_or_unsupported_folder_is_one_error(tmp_path, kind):
     m.save_folder(tmp_path, *m.load_folder(tiny() / "base"))
     damaged(tmp_path, kind)
@@ -141,7 +158,7 @@ def test_targets_give_the_log_probabilities_of_the_logits():
 
 def test_rotary_angles_stay_exact_in_a_bf16_model():
     model = make(max_position_embeddings=4096).to(torch.bfloat16)
-    cos, _ = m.rotary(torch.tensor([[3000, 3001]]), model.config.head_dim, model.config.rope_theta)
+    cos, _ = m.rotary(torch.tensor([[3000, 3001]]), model.config)
     exact = np.cos(np.array([3000.0, 3001.0]))  # the first frequency is 1
     np.testing.assert_allclose(cos[0, 0, :, 0].numpy(), exact, atol=1e-3)
     assert cos.dtype == torch.float32
@@ -185,13 +202,71 @@ def test_a_sampled_row_depends_on_its_number_and_not_on_its_neighbours():
     assert together[0].ids != m.generate(model, prompts, 10, [], temperature=1.0, seed=6)[0].ids
 
 
+def test_several_answers_to_a_prompt_are_those_of_the_prompt_said_several_times():
+    model, prompts = make(), [random_ids(n, seed=n).tolist() for n in (3, 11)]
+    several = m.generate(model, prompts, 10, [], samples=3, temperature=1.0, seed=5)
+    separate = m.generate(model, [p for p in prompts for _ in range(3)], 10, [], temperature=1.0, seed=5)
+    assert [s.ids for s in several] == [s.ids for s in separate]
+    assert len({tuple(s.ids) for s in several}) == 6
+
+
+def test_a_prompt_in_pieces_gives_the_same_answer(monkeypatch):
+    model, prompts = make(), [random_ids(n, seed=n).tolist() for n in (3, 21, 1, 7)]
+    expected = m.generate(model, prompts, 10, [])
+    monkeypatch.setattr(m, "PREFILL", 4)
+    assert [s.ids for s in m.generate(model, prompts, 10, [])] == [s.ids for s in expected]
+
+
+@settings(max_examples=10, deadline=None)
+@given(cut=st.integers(1, 19), back=st.integers(0, 6))
+def test_a_cached_beginning_gives_the_same_answer_also_after_going_back(cut, back):
+    model, ids = make(), random_ids(20).tolist()
+    expected = m.generate(model, [ids], 8, [])[0].ids
+    cache = m.Cache(model.config, [0], 4, "cpu", torch.float32)
+    list(m.generate_tokens(model, [ids[:cut]], back + 1, set(), cache=cache))
+    cache.length = cut
+    assert m.generate(model, [ids[cut:]], 8, [], cache=cache)[0].ids == expected
+
+
+def test_the_repetition_penalty_is_that_of_transformers(tmp_path):
+    from transformers import AutoModelForCausalLM
+    model, (_, tokenizer) = make(vocab_size=360), m.load_folder(tiny() / "base")
+    m.save_folder(tmp_path, model, tokenizer)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ids = random_ids(1, 20, high=360)
+    text = theirs.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0,
+                           repetition_penalty=1.3)
+    assert m.generate(model, ids.tolist(), 40, [], repetition_penalty=1.3)[0].ids == text[0, 20:].tolist()
+
+
+def test_what_was_said_is_less_likely_by_the_penalties():
+    logits = torch.tensor([[2.0, 2.0, -2.0, 2.0]])
+    prompt, answer = torch.tensor([[[True, False, True, False]], [[False, True, False, False]]])
+    how = m.Sampling(repetition_penalty=2.0, presence_penalty=0.5)
+    assert m.penalised(logits, prompt, answer, how).tolist() == [[1.0, 0.5, -4.0, 2.0]]
+    far = m.generate(make(), [[5, 6]], 30, [], presence_penalty=1e4)[0].ids
+    assert len(set(far)) == 30  # nothing of the answer comes again
+
+
+def test_a_stop_string_ends_an_answer_and_is_in_its_text():
+    model, tokenizer = m.load_folder(tiny() / "base")
+    prompts = [tokenizer.encode(text) for text in ("The cat", "The owl lives")]
+    free = [tokenizer.decode(s.ids) for s in m.generate(model, prompts, 30, [])]
+    stop = free[0][4:7]
+    ends = m.StopStrings(tokenizer, [stop])
+    for sample, text in zip(m.generate(model, prompts, 30, [], ends=ends), free):
+        found = tokenizer.decode(sample.ids)
+        assert text.startswith(found) and sample.finished == (stop in text) == (stop in found)
+        assert ends.cut(found) == text.split(stop)[0] if stop in text else found == text
+
+
 @pytest.mark.parametrize("filters", [{}, {"top_k": 4}, {"top_p": 0.7}, {"min_p": 0.2}, {"temperature": 0.5}])
 def test_sampling_frequencies_match_the_distribution_whose_logprob_is_returned(filters):
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
     rows = 20_000
-    settings_ = {"temperature": 1.0} | filters
-    ids, logprobs = m.sample(logits.expand(rows, -1), m.uniforms(3, np.arange(rows), 0), **settings_)
-    p = m.filtered_logprobs(logits[None], **settings_)[0].exp().double()
+    how = m.Sampling(**{"temperature": 1.0} | filters)
+    ids, logprobs = m.sample(logits.expand(rows, -1), m.uniforms(3, np.arange(rows), 0), how)
+    p = m.filtered_logprobs(logits[None], how)[0].exp().double()
     torch.testing.assert_close(p.sum(), torch.tensor(1.0, dtype=torch.float64), atol=1e-5, rtol=0)
     counts = torch.bincount(ids, minlength=6).double()
     assert counts[p == 0].sum() == 0
@@ -202,7 +277,8 @@ def test_sampling_frequencies_match_the_distribution_whose_logprob_is_returned(f
 
 def test_filters_keep_what_their_definitions_say():
     logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
-    kept = lambda **f: (m.filtered_logprobs(logits, **f) > -math.inf)[0].tolist()
+    how = lambda **f: m.Sampling(temperature=1.0, **f)
+    kept = lambda **f: (m.filtered_logprobs(logits, how(**f)) > -math.inf)[0].tolist()
     assert kept(top_k=2) == [True, True, False, False]
     assert kept(top_p=0.5) == [True, False, False, False] and kept(top_p=0.6) == [True, True, False, False]
     assert kept(min_p=0.25) == [True, True, True, False] and kept(min_p=2.0) == [True, False, False, False]
@@ -211,7 +287,7 @@ def test_filters_keep_what_their_definitions_say():
 def test_a_token_that_was_cut_is_never_drawn():
     logits = torch.tensor([[2.0, 1.0, 0.0, -9.0]])
     # 1 is the sum's very end, as rounding may give.
-    ids, logprobs = m.sample(logits, torch.ones(1), temperature=1.0, top_k=2)
+    ids, logprobs = m.sample(logits, torch.ones(1), m.Sampling(temperature=1.0, top_k=2))
     assert ids.item() in (0, 1) and logprobs.isfinite().all()
 
 
@@ -336,8 +412,66 @@ def test_an_unknown_device_is_one_error():
             m.pick_device(name)
 
 
-def test_chat_answers_remembers_and_leaves(monkeypatch, capsys):
-    lines = iter(["Where does the cat sleep?", "/reset", "猫睡在哪里？", "/quit"])
-    monkeypatch.setattr("builtins.input", lambda _: next(lines))
-    assert run("model", "--model", tiny() / "base", "--max-new-tokens", 8) == 0
-    assert len(capsys.readouterr().out.splitlines()) >= 2
+def chat(monkeypatch, lines, *flags):
+    """The dialogue after each message that is typed; an exception among the lines is raised instead."""
+    def type_in(_):
+        line = next(typed)
+        if isinstance(line, type):
+            raise line
+        return line
+
+    def say(self, text):
+        plain(self, text)
+        dialogues.append(list(self.messages))
+
+    typed, dialogues, plain = iter([*lines, EOFError]), [], m.Chat.say
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.input", type_in)
+        patch.setattr(m.Chat, "say", say)
+        assert run("model", "--model", tiny() / "base", "--max-new-tokens", 8, *flags) == 0
+    return dialogues
+
+
+def test_chat_answers_remembers_and_obeys(monkeypatch, capsys):
+    ask = "Where does the cat sleep?"
+    first, _, again = chat(monkeypatch, [ask, "猫睡在哪里？", "/reset", ask])
+    assert first == again and first[1]["content"]
+    assert chat(monkeypatch, ['"""Where does', 'the cat sleep?"""', "/quit", "not read"]) == chat(
+        monkeypatch, ["Where does\nthe cat sleep?"])
+    opened = chat(monkeypatch, [KeyboardInterrupt, "/system Be brief.", ask])
+    assert opened == chat(monkeypatch, [ask], "--system", "Be brief.")
+    assert opened[0][0] == {"role": "system", "content": "Be brief."}
+    hot, cold = chat(monkeypatch, ["/temperature 30", ask, "/temperature 0", "/reset", ask])
+    assert hot != cold == first
+    assert chat(monkeypatch, ["/temperature hot", "/what"]) == []
+    assert capsys.readouterr().out.count("/temperature X") == 2
+
+
+def test_chat_reads_only_what_it_has_not_read_and_answers_alike(monkeypatch):
+    options = m.Options(model=str(tiny() / "base"), max_new_tokens=9)
+    kept, fresh = (m.Chat(options, *m.load_folder(tiny() / "base")) for _ in range(2))
+    kept.model.config.max_position_embeddings = fresh.model.config.max_position_embeddings = 512
+    read = []
+    forward = kept.model.model.forward
+    monkeypatch.setattr(kept.model.model, "forward",
+                        lambda ids, **other: read.append(ids.shape[1]) or forward(ids, **other))
+    for text in ("Where does the cat sleep?", "猫睡在哪里？", "And the owl?"):
+        fresh.cache = None
+        for talk in (kept, fresh):
+            talk.say(text)
+        assert kept.messages == fresh.messages
+    whole = len(encode_chat(kept.tokenizer, kept.messages)[0])
+    assert sum(read) < whole + 20  # read anew, the turns would add up to about twice that
+
+
+def test_ctrl_c_ends_an_answer_and_the_chat_goes_on(monkeypatch, capsys):
+    talk = m.Chat(m.Options(model=str(tiny() / "base"), max_new_tokens=9), *m.load_folder(tiny() / "base"))
+
+    def interrupted():
+        yield "The"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(talk, "answer", interrupted)
+    talk.say("Where does the cat sleep?")
+    assert talk.messages[-1] == {"role": "assistant", "content": "The"}
+

@@ -229,7 +229,7 @@ def test_another_layout_is_one_error(world, tmp_path, change):
     ("quantize", "--model reward", "reward/config.json: architectures"),
     ("quantize", "--model fp32 --group 48", "model.layers.0.self_attn.q_proj: groups of 48"),
     ("quantize", "--model fp32 --group 4", "model.layers.0.self_attn.q_proj: multiples of 8"),
-    ("quantize", "--model nan", "nan: model.layers.2.mlp.gate_proj: finite"),
+    ("quantize", "--model nan", "nan: model.layers.2.mlp.gate_proj.weight finite"),
     ("quantize", "--model fp32 --bits 3", "--bits"),
     ("quantize", "--model fp32 --group -1", "--group"),
     ("quantize", "--model missing", "missing: no such folder"),
