@@ -1042,7 +1042,7 @@ def check_shapes(model, weights, where):
     for problem, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
             raise InputError(f"{where}: {len(names)} {problem} tensors, {sorted(names)[0]} among them")
-    for name in own.keys() - tied:
+    for name in (name for name in own if name not in tied):
         tensor, found = own[name], weights[name]
         if tensor.shape != found.shape:
             raise InputError(f"{where}: {name} is {tuple(found.shape)}, expected {tuple(tensor.shape)}")
@@ -1052,11 +1052,12 @@ def check_shapes(model, weights, where):
 
 def load_weights(model, weights, where):
     """Copy tensors into a model; InputError where they are not finite."""
-    own = model.state_dict()
-    for name in own.keys() - tied_names(model):
-        own[name].copy_(weights[name])
-        if own[name].is_floating_point() and not own[name].isfinite().all():
-            raise InputError(f"{where}: {name} has numbers that are not finite")
+    tied = tied_names(model)
+    for name, tensor in model.state_dict().items():
+        if name not in tied:
+            tensor.copy_(weights[name])
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise InputError(f"{where}: {name} has numbers that are not finite")
 
 
 def tied_names(model):
