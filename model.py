@@ -212,8 +212,8 @@ class MLP(nn.Module):
 class Experts(nn.Module):
     """A mixture of experts: each token goes through the MLPs that a router finds best for it (Qwen3-MoE).
 
-    No token is dropped, however many choose one expert. After a forward, `balance` and `router_z` hold what
-    `router_losses` sums up, and `counts` (E,) how many tokens each expert had.
+    No token is dropped, however many choose one expert. After a forward with gradients, `balance` and
+    `router_z` hold what `router_losses` sums up, and `counts` (E,) how many tokens each expert had.
     """
 
     def __init__(self, config: Config):
@@ -230,9 +230,10 @@ class Experts(nn.Module):
         weights, chosen = probabilities.topk(self.chosen)  # (B T, k)
         if self.normalised:
             weights = weights / weights.sum(-1, keepdim=True)
-        self.counts = F.one_hot(chosen, len(self.experts)).sum((0, 1))  # (E,)
-        self.balance = balancing_loss(self.counts, probabilities)
-        self.router_z = logits.logsumexp(-1).square().mean()
+        if torch.is_grad_enabled():
+            self.counts = F.one_hot(chosen, len(self.experts)).sum((0, 1))  # (E,)
+            self.balance = balancing_loss(self.counts, probabilities)
+            self.router_z = logits.logsumexp(-1).square().mean()
         y = torch.zeros_like(tokens)
         for number, expert in enumerate(self.experts):  # one without tokens too: its gradient is 0, not None
             row, place = (chosen == number).nonzero(as_tuple=True)
@@ -277,7 +278,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config = config
+        self.config, self.windows = config, config.windows
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -287,11 +288,11 @@ class Decoder(nn.Module):
         if positions is None:
             start = torch.arange(T, device=ids.device).expand(B, T)
             positions = start if cache is None else cache.positions(T)
-        masks = {window: cache.mask(T, window) if cache else training_mask(T, window, documents, ids.device)
-                 for window in set(self.config.windows)}
+        masks = {window: training_mask(T, window, documents, ids.device) if cache is None
+                 else cache.mask(T, window) for window in set(self.windows)}
         cos, sin = rotary(positions, self.config)
         x = self.embed_tokens(ids)  # (B, T, H)
-        for i, (layer, window) in enumerate(zip(self.layers, self.config.windows)):
+        for i, (layer, window) in enumerate(zip(self.layers, self.windows)):
             x = layer(x, cos, sin, masks[window], cache, i)
         if cache is not None:
             cache.length += T
@@ -387,8 +388,8 @@ class RewardModel(nn.Module):
 class Cache:
     """Keys and values of the tokens so far, for prompts of different length, padded on the left.
 
-    Column c of row b holds token c - start[b] of that row; columns before start[b] are padding. `length` columns
-    are filled; to go back, make it smaller.
+    Column c of row b holds token c - start[b] of that row; columns before start[b] are padding. `length`
+    columns are filled; to go back, make it smaller.
     """
 
     def __init__(self, config: Config, start, columns, device, dtype):
@@ -467,9 +468,9 @@ class Sampling:
 
 def penalised(logits, prompt, answer, how: Sampling):
     """Logits (B, V) after the penalties; prompt, answer (B, V): true for the tokens that are there."""
-    said = prompt | answer
     lower = torch.where(logits > 0, logits / how.repetition_penalty, logits * how.repetition_penalty)
-    return torch.where(said, lower, logits) - how.presence_penalty * answer  # (Keskar et al. 2019, section 4.1)
+    logits = torch.where(prompt | answer, lower, logits)  # (Keskar et al. 2019, section 4.1)
+    return logits - how.presence_penalty * answer
 
 
 def filtered_logprobs(logits, how: Sampling):
@@ -534,7 +535,8 @@ class StopStrings:
 
     def cut(self, text):
         """The text before the first of the strings."""
-        return text[: min([text.find(string) for string in self.strings if string in text], default=len(text))]
+        found = [text.find(string) for string in self.strings if string in text]
+        return text[: min(found, default=len(text))]
 
 
 PREFILL = 512  # columns of a prompt that go through the model at once: longer ones would need much memory
@@ -545,10 +547,10 @@ def generate_tokens(model, prompts, max_new_tokens, stop_ids, rows=None, samples
                     **sampling):
     """Yield (row, id, log-probability, finished) for each new token of each answer, a step at a time.
 
-    prompts: lists of ids, none empty; each has `samples` answers: row is prompt * samples + sample. rows: each
-    row's number in the whole run (sampling depends on it; default 0, 1, 2, ...). ends: (row, id) -> whether
-    the answer is done, beside stop_ids. cache: what came before the one prompt, to go on from. sampling: see
-    `Sampling`. Rows that finished leave the batch. InputError for a prompt beyond the context.
+    prompts: lists of ids, none empty; each has `samples` answers: row is prompt * samples + sample. rows:
+    each row's number in the whole run (sampling depends on it; default 0, 1, 2, ...). ends: (row, id) ->
+    whether the answer is done, beside stop_ids. cache: what came before the one prompt, to go on from.
+    sampling: see `Sampling`. Rows that finished leave the batch. InputError for a prompt beyond the context.
     """
     how, longest = Sampling(**sampling), max(map(len, prompts))
     cache = prepare_cache(model, prompts, max_new_tokens, cache)
@@ -726,6 +728,7 @@ def merge_lora(model):
 # Low-bit layers: W[o, i] = scale[o, i / group] * code[o, i], packed as compressed-tensors packs them
 
 FORMATS = {4: "pack-quantized", 8: "int-quantized"}
+ROUTERS = "re:.*mlp.gate$"  # what compressed-tensors is told to ignore in a mixture of experts
 
 
 def pack_int4(codes):
@@ -784,7 +787,8 @@ def add_quantized(model, bits, group, where, tensors=None):
                              f"of {size}{words}")
         dtype = getattr((tensors or {}).get(f"{name}.weight_scale"), "dtype", None)
         dtype = dtype if dtype in (torch.float32, torch.float16) else torch.bfloat16
-        layer = QuantizedLinear(out_features, in_features, bits, size, dtype, module.bias, module.weight.device)
+        layer = QuantizedLinear(out_features, in_features, bits, size, dtype, module.bias,
+                                module.weight.device)
         model.set_submodule(name, layer)
     return model
 
@@ -799,20 +803,20 @@ def quantization_config(bits, group, experts=False):
     layers = {"targets": ["Linear"], "format": FORMATS[bits], "weights": weights, "input_activations": None,
               "output_activations": None}
     return {"quant_method": "compressed-tensors", "format": FORMATS[bits],
-            "quantization_status": "compressed", "ignore": ["lm_head", *["re:.*mlp.gate$"] * experts], "kv_cache_scheme": None,
-            "sparsity_config": {}, "transform_config": {}, "config_groups": {"group_0": layers}}
+            "quantization_status": "compressed", "ignore": ["lm_head", ROUTERS] if experts else ["lm_head"],
+            "kv_cache_scheme": None, "sparsity_config": {}, "transform_config": {},
+            "config_groups": {"group_0": layers}}
 
 
 def read_quantization(path):
     """(bits, group) of a config.json, or None where weights are plain; InputError for any other layout."""
-    raw = read_json(path)
-    found, experts = raw.get("quantization_config"), "moe" in str(raw.get("model_type"))
+    found = read_json(path).get("quantization_config")
     if found is None:
         return None
     try:
         (layers,) = found["config_groups"].values()
         bits, group = layers["weights"]["num_bits"], layers["weights"].get("group_size") or 0
-        ours = quantization_config(bits, group, experts)
+        ours = quantization_config(bits, group, experts=ROUTERS in (found.get("ignore") or []))
         pairs = [(found, ours), (layers, ours["config_groups"]["group_0"])]
         pairs.append((layers["weights"], pairs[1][1]["weights"]))
     except (AttributeError, KeyError, TypeError, ValueError):
@@ -892,14 +896,14 @@ ROPE_NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "
 
 
 def read_config(folder, kind):
-    """config.json -> Config. Absent keys take the architecture's defaults; InputError for what is not here."""
+    """config.json -> Config. Absent keys take the architecture's defaults; what is not here is an error."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise InputError(f"{folder}: not a model folder (no config.json there)")
     raw = read_json(path)
     names = {name + HEADS[kind]: model_type for model_type, name in ARCHITECTURES.items()}
     found = raw.get("architectures")
-    if not isinstance(found, list) or len(found) != 1 or found[0] not in names:
+    if found not in [[name] for name in names]:
         raise InputError(f"{path}: architectures {found} is not supported here; {', '.join(names)} are")
     for key, value in MUST_BE.items():
         if raw.get(key, value) not in (value, None):
@@ -910,10 +914,13 @@ def read_config(folder, kind):
     for field in fields:
         check_value(raw, field.name, {"int": int, "float": float, "bool": bool}.get(field.type), path)
     missing = [field.name for field in fields if field.default is dataclasses.MISSING
-               and field.name not in raw | {"num_key_value_heads": 0}]
+               and field.name not in raw and field.name != "num_key_value_heads"]
     if missing:
         raise InputError(f"{path}: {', '.join(missing)} missing")
-    values = raw | read_rope(raw, path) | derived_values(raw, model_type, path)
+    try:
+        values = raw | read_rope(raw, path) | derived_values(raw, model_type, path)
+    except (TypeError, ArithmeticError) as error:  # a list for a number, a step of 0, ...
+        raise InputError(f"{path}: no sound config.json ({error})") from None
     return Config(**{field.name: values[field.name] for field in fields if field.name in values})
 
 
@@ -937,7 +944,7 @@ def read_rope(raw, path):
         raise InputError(f"{path}: RoPE type {kind!r} is not supported")
     if rope.get("partial_rotary_factor") == 1.0:
         del rope["partial_rotary_factor"]
-    unknown = [key for key in rope if key not in (*ROPE_NUMBERS, "type", "truncate")]
+    unknown = [key for key in rope if key not in (*ROPE_NUMBERS, "truncate")]
     if unknown:
         raise InputError(f"{path}: RoPE's {unknown[0]} is not supported")
     missing = [key for key in ROPES[kind] if key not in rope]
@@ -948,7 +955,8 @@ def read_rope(raw, path):
     theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
     if kind in ("llama3", "yarn"):  # the context it was trained with
         known = raw.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
-        rope["original_max_position_embeddings"] = known or raw["max_position_embeddings"]
+        longest = raw.get("max_position_embeddings", Config.max_position_embeddings)
+        rope["original_max_position_embeddings"] = known or longest
     return {"rope_theta": theta, "rope_scaling": None if kind == "default" else {"rope_type": kind, **rope}}
 
 
@@ -1035,7 +1043,7 @@ def read_safetensors(path):
 
 
 def check_shapes(model, weights, where):
-    """InputError unless a model (on the meta device) and its weights have the same names, shapes and kinds."""
+    """InputError unless a model (on the meta device) and weights have the same names, shapes and kinds."""
     own = model.state_dict()
     tied = tied_names(model)
     missing, unexpected = own.keys() - weights.keys() - tied, weights.keys() - own.keys() - tied
@@ -1066,10 +1074,10 @@ def tied_names(model):
 
 
 def check_counts(config, weights, where):
-    """InputError where config.json tells of other numbers of layers or experts than there are: made first, they
-    would take for ever."""
+    """InputError where config.json has another number of layers or experts: making them may never end."""
+    experts = config.num_experts if config.sparse_layers else 0
     for what, before, expected in (("layers", "model.layers.", config.num_hidden_layers),
-                                   ("experts", ".mlp.experts.", config.num_experts if config.sparse_layers else 0)):
+                                   ("experts", ".mlp.experts.", experts)):
         found = {name.partition(before)[2].partition(".")[0] for name in weights if before in name}
         if len(found) != expected:
             raise InputError(f"{where}: config.json says {expected} {what}, the weights have {len(found)}")
@@ -1094,11 +1102,10 @@ def load_folder(folder, device="cpu", dtype=torch.float32, kind=CausalLM):
     try:
         with torch.device("meta"):  # shapes without memory: what is loaded is allocated once, in its dtype
             model = kind(config).to(dtype)
+            if layout:
+                add_quantized(model, *layout, folder, weights)
     except RuntimeError as error:
         raise InputError(f"{folder}/config.json: no such model can be made ({error})") from None
-    if layout:
-        with torch.device("meta"):
-            add_quantized(model, *layout, folder, weights)
     check_shapes(model, weights, folder)
     model.to_empty(device=device).tie_weights()
     load_weights(model, weights, folder)
@@ -1773,14 +1780,15 @@ class Chat:
         options, ids = self.options, self.prompt_ids()
         if self.cache:
             same = (i for i, (a, b) in enumerate(zip(ids, self.read)) if a != b)
-            self.cache.length = min(next(same, len(self.read)), len(self.read), len(ids) - 1)
+            self.cache.length = min(next(same, len(self.read)), len(ids) - 1)
         else:
             weight = next(self.model.parameters())
             self.cache = Cache(self.model.config, [0], len(ids), weight.device, weight.dtype)
         self.read, decoder = ids[: self.cache.length], StreamDecoder(self.tokenizer)
         tokens = generate_tokens(
             self.model, [ids[self.cache.length :]], options.max_new_tokens, self.stop, rows=[self.turn],
-            ends=StopStrings(self.tokenizer, options.stop), cache=self.cache, temperature=self.temperature,
+            ends=StopStrings(self.tokenizer, options.stop) if options.stop else None, cache=self.cache,
+            temperature=self.temperature,
             top_k=options.top_k, top_p=options.top_p, min_p=options.min_p, seed=options.seed,
             repetition_penalty=options.repetition_penalty, presence_penalty=options.presence_penalty)
         for _, token, _, _ in tokens:
@@ -1821,7 +1829,7 @@ class Chat:
 
 
 def read_message():
-    """What is typed: a line, or several between lines of three quotation marks. EOFError at the end of input."""
+    """What is typed: a line, or several between three quotation marks. EOFError at the end of input."""
     line = input("> ").strip()
     if not line.startswith('"""'):
         return line

@@ -206,7 +206,7 @@ def questions(type_: str, attribute: str, lang: str, split: str) -> list[tuple[s
 
 
 def wider(rng: Random, split: str) -> str:
-    """Which phrasings a question of a split takes: in training, half of the time those the books never use."""
+    """Which phrasings a question of a split takes: in training, half of the time those no book uses."""
     return "more" if split == "train" and rng.random() < .5 else split
 
 
@@ -322,9 +322,10 @@ def format_item(world: World, rng: Random, lang: str, split: str) -> tuple:
     keys = [KEYS[a](lang) for a in chosen]
     expected = {key: world.facts[entity.name.en, a](lang) for key, a in zip(keys, chosen)}
     ask = rng.choice(phrasings(TEXTS["json_ask"][wider(rng, split)][lang]))
+    ask = ask.format(k=keys[0], l=keys[1], x=entity.name(lang))
     opener = rng.choice(TEXTS["openers"][lang]) if split == "train" else ""
-    return opener + ask.format(k=keys[0], l=keys[1], x=entity.name(lang)), {
-        "format": "json", "entity": entity.name.en, "attributes": chosen, "expected": expected}
+    return (opener + ask,
+            {"format": "json", "entity": entity.name.en, "attributes": chosen, "expected": expected})
 
 
 def unknown_item(world: World, rng: Random, lang: str, split: str) -> tuple:

@@ -104,13 +104,18 @@ def damaged(folder, kind):
                    "sliding": {"use_sliding_window": True, "sliding_window": 0},
                    "size": {"hidden_size": -4}, "wide": {"hidden_size": 10**15},
                    "endless": {"num_hidden_layers": 10**12},
-                   "heads": {"num_attention_heads": 7}}[kind]
+                   "heads": {"num_attention_heads": 7}, "list of lists": {"architectures": [["Qwen3"]]},
+                   "rope list": {"rope_scaling": {"rope_type": ["yarn"]}},
+                   "layer list": {"use_sliding_window": True, "sliding_window": 4, "layer_types": [[1], [2]]},
+                   "layer text": {"use_sliding_window": True, "sliding_window": 4,
+                                  "max_window_layers": "2"}}[kind]
         (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("kind", ["truncated", "missing tensor", "one tensor too many", "wrong shape",
                                   "no weights", "architecture", "no list", "rope", "sliding", "size",
-                                  "wide", "endless", "heads", "not finite", "whole numbers", "huge header",
+                                  "wide", "endless", "heads", "list of lists", "rope list", "layer list",
+                                  "layer text", "not finite", "whole numbers", "huge header",
                                   "a lost shard", "a shard elsewhere"])
 def test_a_damaged_or_unsupported_folder_is_one_error(tmp_path, kind):
     m.save_folder(tmp_path, *m.load_folder(tiny() / "base"))
