@@ -1737,7 +1737,7 @@ class Options:
                           at_least=0)
     min_p: float = option("sample among tokens with at least this share of the likeliest one's probability",
                           0.0, at_least=0)
-    repetition_penalty: float = option("make what was said so much less likely; 1 is off", 1.0, at_least=0)
+    repetition_penalty: float = option("make what was said so much less likely; 1 is off", 1.0, at_least=1)
     presence_penalty: float = option("subtract this from the logits of what the answer has", 0.0)
     max_new_tokens: int = option("most tokens in an answer", 256, at_least=1)
     stop: list[str] = option("texts that end an answer, beside the model's own end", [])
