@@ -230,15 +230,37 @@ class Experts(nn.Module):
         weights, chosen = probabilities.topk(self.chosen)  # (B T, k)
         if self.normalised:
             weights = weights / weights.sum(-1, keepdim=True)
+        counts = F.one_hot(chosen, len(self.experts)).sum((0, 1))  # (E,)
         if torch.is_grad_enabled():
-            self.counts = F.one_hot(chosen, len(self.experts)).sum((0, 1))  # (E,)
-            self.balance = balancing_loss(self.counts, probabilities)
+            self.counts, self.balance = counts, balancing_loss(counts, probabilities)
             self.router_z = logits.logsumexp(-1).square().mean()
-        y = torch.zeros_like(tokens)
-        for number, expert in enumerate(self.experts):  # one without tokens too: its gradient is 0, not None
-            row, place = (chosen == number).nonzero(as_tuple=True)
-            y.index_add_(0, row, expert(tokens[row]) * weights[row, place, None].to(y.dtype))
-        return y.view_as(x)
+        choice = chosen.flatten().argsort(stable=True)  # (B T k,), those of an expert together
+        row = choice // self.chosen
+        run = self.run_grouped if self.can_group(tokens) else self.run_each
+        y = run(tokens[row], counts)  # (B T k, H)
+        y = y * weights.flatten()[choice, None].to(y.dtype)
+        return torch.zeros_like(tokens, dtype=y.dtype).index_add_(0, row, y).view_as(x)
+
+    def run_each(self, rows, counts):
+        """rows (B T k, H) through the experts, the first `counts[0]` of them through the first, and so on."""
+        parts = zip(self.experts, rows.split(counts.tolist()))
+        return torch.cat([expert(part) for expert, part in parts])  # one of no rows has a gradient too: 0
+
+    def run_grouped(self, rows, counts):
+        """The same in three products for all experts, as GPUs like it."""
+        rows, ends = rows.bfloat16(), counts.cumsum(0).int()
+        gate, up, down = (torch.stack([getattr(expert, name).weight for expert in self.experts]).bfloat16().mT
+                          for name in ("gate_proj", "up_proj", "down_proj"))  # (E, in, out)
+        hidden = F.silu(F.grouped_mm(rows, gate, offs=ends)) * F.grouped_mm(rows, up, offs=ends)
+        return F.grouped_mm(hidden, down, offs=ends)
+
+    def can_group(self, x):
+        """torch has the product in bf16, on rows of whole 16 bytes; LoRA and INT4 layers need their own."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        plain = all(type(layer) is nn.Linear for expert in self.experts for layer in expert.children())
+        shape = self.experts[0].down_proj.weight.shape if plain else (1,)
+        return dtype == torch.bfloat16 and all(size % 8 == 0 for size in shape)
 
 
 def balancing_loss(counts, probabilities):
@@ -539,6 +561,79 @@ class StopStrings:
         return text[: min(found, default=len(text))]
 
 
+class OneToken:
+    """The decoder for one new token a row, in fewer operations: each costs more than the numbers in it.
+
+    Queries, keys and values are one product, so are gate and up, and queries and keys are rotated together.
+    """
+
+    def __init__(self, model):
+        self.model = model.model
+        self.layers = []
+        for layer in self.model.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            qkv = merged(attention.q_proj, attention.k_proj, attention.v_proj)
+            gate_up = merged(mlp.gate_proj, mlp.up_proj) if isinstance(mlp, MLP) else None
+            self.layers.append((layer, qkv, gate_up))
+
+    def __call__(self, ids, cache):
+        """ids (B,) -> hidden states (B, H); the token's keys and values go into the cache."""
+        config = self.model.config
+        N, G, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        masks = {window: cache.mask(1, window) for window in set(self.model.windows)}
+        cos, sin = (x[:, :, 0] for x in rotary(cache.positions(1), config))  # (B, 1, D/2)
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # (B, 1, D)
+        x = self.model.embed_tokens(ids)  # (B, H)
+        for i, (layer, qkv, gate_up) in enumerate(self.layers):
+            heads, attention = qkv(layer.input_layernorm(x)).view(len(x), -1, D), layer.self_attn
+            q, k, v = heads.split((N, G, G), 1)  # (B, N or G, D)
+            qk = torch.cat((attention.q_norm(q), attention.k_norm(k)), 1)  # (B, N + G, D)
+            qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin).to(x.dtype)  # as in `rotate`
+            k, v = cache.append(i, qk[:, N:, None], v[:, :, None])  # (B, G, T so far, D)
+            y = F.scaled_dot_product_attention(qk[:, :N, None], k, v, attn_mask=masks[self.model.windows[i]],
+                                               enable_gqa=attention.grouped)  # (B, N, 1, D)
+            x = x + attention.o_proj(y.view(len(x), -1))
+            x = x + run_mlp(layer.mlp, gate_up, layer.post_attention_layernorm(x))
+        cache.length += 1
+        return self.model.norm(x)
+
+
+def run_mlp(mlp, gate_up, x):
+    """`mlp(x)`, with gate and up in one product where it has them."""
+    if gate_up is None:
+        return mlp(x)
+    gate, up = gate_up(x).chunk(2, -1)  # (B, I)
+    return mlp.down_proj(F.silu(gate) * up)
+
+
+def merged(*layers):
+    """Linear layers of one input as one function: (..., in) -> (..., the outputs of all).
+
+    Plain ones become one product: their weights are moved together, so nothing is held twice, and training
+    goes on in them. Others (LoRA, INT4, FSDP) are called one by one.
+    """
+    if any(type(layer) is not nn.Linear or type(layer.weight.data) is not torch.Tensor for layer in layers):
+        return lambda x: torch.cat([layer(x) for layer in layers], -1)
+    weight, bias = (rows_of_one([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+    return lambda x: F.linear(x, weight, bias)
+
+
+@torch.inference_mode(False)  # what is moved must stay trainable
+@torch.no_grad()
+def rows_of_one(parts):
+    """Parameters as one tensor, of which they become the rows; None where layers have no bias."""
+    if parts[0] is None:
+        return None
+    rows, starts = [len(part) for part in parts], [part.data_ptr() for part in parts]
+    ends = [part.data_ptr() + part.nbytes for part in parts]
+    if starts[1:] == ends[:-1] and len({part.untyped_storage().data_ptr() for part in parts}) == 1:
+        return parts[0].as_strided((sum(rows), *parts[0].shape[1:]), parts[0].stride())
+    one = torch.cat(list(parts))
+    for part, own in zip(parts, one.split(rows)):
+        part.data = own
+    return one
+
+
 PREFILL = 512  # columns of a prompt that go through the model at once: longer ones would need much memory
 
 
@@ -555,18 +650,11 @@ def generate_tokens(model, prompts, max_new_tokens, stop_ids, rows=None, samples
     how, longest = Sampling(**sampling), max(map(len, prompts))
     cache = prepare_cache(model, prompts, max_new_tokens, cache)
     limit = min(max_new_tokens, model.config.max_position_embeddings - cache.length - longest)
-    device = cache.start.device
-    ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)  # (B, T)
-    for columns in ids.split(PREFILL, 1):
-        hidden = model.model(columns, cache=cache)[:, -1]  # (B, H): only the last column needs the head
     live = list(range(len(prompts) * samples))  # which row each of the shrinking batch is
     rows = np.arange(len(live)) if rows is None else np.asarray(rows)
-    if samples > 1:
-        each = torch.arange(len(prompts), device=device).repeat_interleave(samples)
-        cache.keep(each)
-        hidden = hidden[each]
     penalties = how.repetition_penalty != 1.0 or how.presence_penalty
-    said = said_by(prompts, samples, model.config.vocab_size, device) if penalties else None
+    said = said_by(prompts, samples, model.config.vocab_size, cache.start.device) if penalties else None
+    hidden, one_token = prefill(model, prompts, samples, cache), OneToken(model)  # (B, H)
     for step in range(limit):
         logits = model.lm_head(hidden)  # (B, V)
         if penalties:
@@ -582,10 +670,23 @@ def generate_tokens(model, prompts, max_new_tokens, stop_ids, rows=None, samples
         if penalties:
             said[1, range(len(live)), new] = True
         if len(stay) < len(live):
-            live, keep = [live[i] for i in stay], torch.tensor(stay, device=device)
+            live, keep = [live[i] for i in stay], torch.tensor(stay, device=cache.start.device)
             new, said = new[keep], said[:, keep] if penalties else None
             cache.keep(keep)
-        hidden = model.model(new[:, None], cache=cache)[:, -1]
+        hidden = one_token(new, cache)
+
+
+def prefill(model, prompts, samples, cache):
+    """Prompts go into the cache, each `samples` times -> hidden states (B, H) at their last tokens."""
+    longest, device = max(map(len, prompts)), cache.start.device
+    ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)  # (B, T)
+    for columns in ids.split(PREFILL, 1):
+        hidden = model.model(columns, cache=cache)[:, -1]
+    if samples == 1:
+        return hidden
+    each = torch.arange(len(prompts), device=device).repeat_interleave(samples)
+    cache.keep(each)
+    return hidden[each]
 
 
 def said_by(prompts, samples, vocab_size, device):
@@ -696,9 +797,13 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 def add_lora(model, r, alpha, seed=0, targets=LORA_TARGETS):
-    """Freeze a model and put a LoraLinear around each linear layer named in `targets`, in place."""
+    """Freeze a model and put a LoraLinear around each linear layer named in `targets`, in place.
+
+    Not around those of experts: transformers holds them as one tensor, so PEFT could not read the adapter.
+    """
     model.requires_grad_(False)
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linear = [name for name, module in model.named_modules()
+              if isinstance(module, nn.Linear) and ".experts." not in name]
     for number, name in enumerate(n for n in linear if n.rpartition(".")[2] in targets):
         parent, _, child = name.rpartition(".")
         module = model.get_submodule(parent)

@@ -85,6 +85,26 @@ def test_gradients_equal_transformers(tmp_path, case):
             torch.testing.assert_close(parameter.grad, expected[name].grad, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("case", ["qwen2", "llama, biases", "qwen3-moe", "mistral"])
+def test_a_lora_folder_is_the_same_to_peft(tmp_path, case):
+    peft = pytest.importorskip("peft")
+    theirs, (ours, _) = foreign(tmp_path / "base", *CASES[case]), m.load_folder(tmp_path / "base")
+    m.add_lora(ours, r=3, alpha=6.0)
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    (tmp_path / "lora").mkdir()
+    m.save_adapter(tmp_path / "lora", ours, tmp_path / "base", 3, 6.0, token_ids=[])
+    ids = random_ids(2, 20)
+    with torch.no_grad():
+        before = theirs(ids).logits
+        expected = peft.PeftModel.from_pretrained(theirs, tmp_path / "lora")(ids).logits
+        for adapted in (ours, m.load_folder(tmp_path / "lora")[0]):
+            torch.testing.assert_close(adapted(ids), expected, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(before, expected, atol=.1)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_what_was_loaded_is_saved_as_it_was(tmp_path, case):
     foreign(tmp_path / "theirs", *CASES[case])
@@ -153,6 +173,29 @@ def test_no_token_is_dropped_and_an_idle_expert_has_a_gradient():
     assert all(p.grad is not None for p in model.parameters())
     balance, z = m.router_losses(model)
     assert balance > 1 and z > 0
+
+
+def test_grouped_products_are_those_of_each_expert():
+    layer = experts().model.layers[0].mlp.bfloat16()
+    rows, counts = torch.randn(24, 32).bfloat16(), torch.tensor([10, 0, 4, 9, 1])
+    results = []
+    for run in (layer.run_each, layer.run_grouped):
+        layer.zero_grad()
+        y = run(rows, counts)
+        y.float().square().sum().backward()
+        results.append([y, *(p.grad for p in layer.experts.parameters())])
+    for each, grouped in zip(*results):
+        torch.testing.assert_close(grouped, each, atol=1e-2, rtol=2e-2)
+
+
+def test_bf16_experts_give_the_logits_of_transformers_within_rounding(tmp_path):
+    theirs, (ours, _) = foreign(tmp_path, *CASES["qwen3-moe"]), m.load_folder(tmp_path)
+    assert ours.bfloat16().model.layers[0].mlp.can_group(torch.zeros(1, 32).bfloat16())
+    ids = random_ids(2, 30)
+    with torch.no_grad():
+        exact, bf16 = theirs(ids).logits, theirs.bfloat16()(ids).logits
+        rounding = (bf16.float() - exact).square().mean().sqrt()
+        assert (ours(ids).float() - exact).square().mean().sqrt() < 1.5 * rounding
 
 
 def test_experts_are_saved_as_transformers_reads_them(tmp_path):

@@ -185,7 +185,7 @@ def forks():
 
 
 def test_a_forked_stage_needs_no_other_file(tmp_path):
-    """Each row's files, copied into an empty folder: the first one's --help runs, all of them side by side."""
+    """Each row's files, copied into an empty folder: the first one's --help runs (all side by side)."""
     started = []
     for number, files in enumerate(forks()):
         folder = tmp_path / str(number)
