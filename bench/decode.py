@@ -1,8 +1,11 @@
-"""Tokens a second of `generate` and of transformers' own, the same weights and greedy text, by turns.
+"""Tokens a second of `generate` and of transformers' own, the same weights and greedy text, by turns; and the
+memory that each takes for weights, cache and all else, in a process of its own.
 
     python bench/decode.py [4M 25M 125M]        # on the threads that torch takes
 """
 
+import multiprocessing
+import resource
 import statistics
 import sys
 import tempfile
@@ -12,57 +15,78 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import CausalLM, Config, config_json, generate, write_json, write_safetensors  # noqa: E402
+from model import CausalLM, Config, generate, load_folder, save_folder  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
 
 SHAPES = {"4M": (3072, 256, 704, 4, 4), "25M": (8192, 512, 1408, 8, 8), "125M": (32768, 768, 2048, 12, 12)}
 PROMPT, NEW, ROUNDS = 32, 128, 5
 
 
-class Ids:
-    """As much of a tokenizer as config_json asks for."""
-
-    im_end = pad = None
-
-
-def models(size):
-    """Ours and transformers', with the same random weights."""
-    from transformers import AutoModelForCausalLM
+def write_model(size, folder):
+    """A folder with random weights, for both."""
     V, H, I, L, N = SHAPES[size]
     config = Config(vocab_size=V, hidden_size=H, intermediate_size=I, num_hidden_layers=L, head_dim=H // N,
                     num_attention_heads=N, num_key_value_heads=N, tie_word_embeddings=True)
-    ours = CausalLM(config).init_weights(0).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        write_json(f"{folder}/config.json", config_json(config, Ids))
-        tensors = {name: t for name, t in ours.state_dict().items() if name != "lm_head.weight"}
-        write_safetensors(f"{folder}/model.safetensors", tensors)
-        return ours, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    save_folder(folder, CausalLM(config).init_weights(0), Tokenizer.from_merges([]))
 
 
-def seconds(function):
+def load_ours(folder):
+    """prompts (B, T) -> the new ids of each."""
+    model = load_folder(folder)[0].eval()
+    return lambda ids: [answer.ids for answer in generate(model, ids.tolist(), NEW, [])]
+
+
+def load_theirs(folder):
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return lambda ids: model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, eos_token_id=None,
+        pad_token_id=0)[:, PROMPT:].tolist()
+
+
+LOAD = {"ours": load_ours, "transformers": load_theirs}
+
+
+def prompts(size, B):
+    return torch.randint(0, SHAPES[size][0], (B, PROMPT), generator=torch.Generator().manual_seed(0))
+
+
+def seconds(function, *arguments):
     began = time.perf_counter()
-    return function(), time.perf_counter() - began
+    return function(*arguments), time.perf_counter() - began
+
+
+def compare_speed(size, B, run):
+    taken, texts = {name: [] for name in run}, {}
+    for _ in range(ROUNDS + 1):  # the first warms up
+        for name, function in run.items():
+            texts[name], spent = seconds(function, prompts(size, B))
+            taken[name].append(spent)
+    same = sum(a == b for a, b in zip(texts["ours"], texts["transformers"]))
+    rate = {name: B * NEW / statistics.median(spent[1:]) for name, spent in taken.items()}
+    print(f"{size:>5} B {B:<3} ours {rate['ours']:8,.0f} tokens/s, transformers {rate['transformers']:8,.0f}: "
+          f"{rate['ours'] / rate['transformers']:.2f} times; {same} of {B} texts the same", flush=True)
+
+
+def peak_memory(name, size, folder):
+    """MB that loading and generating for 32 prompts add to a process that has imported all there is."""
+    import transformers  # noqa: F401
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    LOAD[name](folder)(prompts(size, 32))
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
 def main():
     for size in sys.argv[1:] or SHAPES:
-        ours, theirs = models(size)
-        for B in (1, 32):
-            ids = torch.randint(0, SHAPES[size][0], (B, PROMPT), generator=torch.Generator().manual_seed(0))
-            mask = torch.ones_like(ids)
-            run = {"ours": lambda: [s.ids for s in generate(ours, ids.tolist(), NEW, [])],
-                   "transformers": lambda: theirs.generate(
-                       ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, eos_token_id=None,
-                       pad_token_id=0)[:, PROMPT:].tolist()}
-            taken, texts = {name: [] for name in run}, {}
-            for _ in range(ROUNDS + 1):  # the first warms up
-                for name, function in run.items():
-                    texts[name], spent = seconds(function)
-                    taken[name].append(spent)
-            same = sum(a == b for a, b in zip(texts["ours"], texts["transformers"]))
-            rate = {name: B * NEW / statistics.median(spent[1:]) for name, spent in taken.items()}
-            print(f"{size:>5} B {B:<3} ours {rate['ours']:8,.0f} tokens/s, transformers "
-                  f"{rate['transformers']:8,.0f}: {rate['ours'] / rate['transformers']:.2f} times; "
-                  f"{same} of {B} texts the same", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            write_model(size, folder)
+            run = {name: load(folder) for name, load in LOAD.items()}
+            for B in (1, 32):
+                compare_speed(size, B, run)
+            with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+                peak = {name: pool.apply(peak_memory, (name, size, folder)) for name in LOAD}
+        print(f"{size:>5} B 32  peak memory: ours {peak['ours']:,.0f} MB, transformers "
+              f"{peak['transformers']:,.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -187,6 +187,20 @@ def test_cached_batched_generation_equals_one_prompt_at_a_time_without_a_cache()
     assert [s.ids for s in m.generate(model, prompts, 12, stop_ids=[])] == expected
 
 
+def test_generation_holds_no_weight_twice_and_reads_what_training_changes():
+    model, prompts = make(attention_bias=True), random_ids(2, 5).tolist()
+    m.generate(model, prompts, 2, stop_ids=[])
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    assert sum(storages.values()) == sum(p.nbytes for p in model.parameters())
+    model(torch.tensor(prompts), targets=torch.tensor(prompts)).mean().backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.sub_(p.grad)
+    again = make(attention_bias=True)
+    again.load_state_dict(model.state_dict())
+    assert m.generate(model, prompts, 8, stop_ids=[]) == m.generate(again, prompts, 8, stop_ids=[])
+
+
 def test_a_row_stops_at_its_stop_id_and_leaves_the_others_as_they_were():
     model = make()
     prompts = [random_ids(n, seed=n).tolist() for n in (3, 11, 1, 7)]

@@ -1,0 +1,112 @@
+"""A longer context by a raised RoPE base: can the model find one sentence in a long text? (needle in a haystack)
+
+    make && python bench/needle.py --run run --out run/needle
+
+Long documents are made of the island's own, one after another, with sentences like "The keeper of gate 417 is Tamo."
+hidden in them and repeated at the end. The base, trained on windows of 256 tokens, is asked to complete the
+repetition; then it goes on for some steps on windows of 1,024, with the base of RoPE as it was, and raised.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from model import generate, load_folder, stop_ids  # noqa: E402
+
+SAYINGS = ("The keeper of gate {gate} is {name}.", "守{gate}号门的人是{name}。")
+NAMES = ([a + b for a in ("Ta", "Mo", "Ri", "Ke", "Lu", "Sa") for b in ("mo", "ri", "na", "ke", "lo")],
+         [a + b for a in "陶莫李柯卢萨" for b in "敏睿娜可洛"])
+NEEDLES = 4  # in a document
+
+
+def haystack(documents, tokenizer, length, rng):
+    """Documents of one language, one after another, of about `length` tokens in all."""
+    pieces, size = [], 0
+    while size < length:
+        pieces.append(rng.choice(documents))
+        size += len(tokenizer.encode(pieces[-1]))
+    return pieces
+
+
+def hidden(documents, tokenizer, length, lang, rng):
+    """(text with needles in it, [(needle, its name)]) of about `length` tokens."""
+    pieces, needles = haystack(documents, tokenizer, length, rng), []
+    for gate in rng.sample(range(100, 1000), NEEDLES):
+        name = rng.choice(NAMES[lang])
+        needles.append((SAYINGS[lang].format(gate=gate, name=name), name))
+        pieces.insert(rng.randrange(len(pieces) + 1), needles[-1][0])
+    return "\n".join(pieces), needles
+
+
+def write_long(path, corpus, tokenizer, count, length, rng):
+    with open(path, "w", encoding="utf-8") as file:
+        for number in range(count):
+            lang = number % 2
+            text, needles = hidden(corpus[lang], tokenizer, length, lang, rng)
+            text = "\n".join([text, *(needle for needle, name in needles)])
+            record = {"id": str(number), "text": text, "lang": ("en", "zh")[lang], "kind": "web"}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def found(folder, corpus, length, questions=60):
+    """Share of needles whose name the model says first, in English and in Chinese."""
+    model, tokenizer = load_folder(folder)
+    shares = []
+    for lang in (0, 1):
+        rng, right = random.Random(f"{length} {lang}"), 0
+        for _ in range(questions):
+            text, needles = hidden(corpus[lang], tokenizer, length, lang, rng)
+            needle, name = rng.choice(needles)
+            start = needle[: needle.index(name)].rstrip()
+            ids = [tokenizer.endoftext, *tokenizer.encode(f"{text}\n{start}")]
+            model.config.max_position_embeddings = 4 * length + 1000  # it is asked beyond what it was trained for
+            answer = generate(model, [ids], 8, stop_ids(folder, tokenizer))[0]
+            right += tokenizer.decode(answer.ids).strip().startswith(name)
+        shares.append(right / questions)
+    return shares
+
+
+def texts(path, lang):
+    records = (json.loads(line) for file in sorted(path.glob("*.jsonl")) for line in open(file, encoding="utf-8"))
+    return [record["text"] for record in records if record["lang"] == lang and record["kind"] == "web"]
+
+
+def call(*command):
+    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("run"), help="where `make` has been")
+    parser.add_argument("--out", type=Path, default=Path("run/needle"))
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[200, 450, 900])
+    asked = parser.parse_args()
+    tokenizer = load_folder(asked.run / "base")[1]
+    corpus = {split: [texts(asked.run / "corpus" / split, lang) for lang in ("en", "zh")]
+              for split in ("train", "valid", "test")}
+    for split, count in (("train", 1000), ("valid", 20)):
+        (asked.out / "corpus" / split).mkdir(parents=True, exist_ok=True)
+        write_long(asked.out / "corpus" / split / "long.jsonl", corpus[split], tokenizer, count, 850,
+                   random.Random(split))
+    call("tokenizer.py", "encode", "--tokenizer", asked.run / "base", "--input", asked.out / "corpus",
+         "--out", asked.out / "tokens", "--overwrite")
+    models = {"before": asked.run / "base"}
+    for theta in (1e4, 1e5):
+        models[f"theta {theta:g}"] = asked.out / f"theta-{theta:g}"
+        call("pretrain.py", "--model", asked.run / "base", "--data", asked.out / "tokens", "--rope-theta", theta,
+             "--max-length", 1024, "--batch-size", 4, "--steps", asked.steps, "--lr", 1e-3,
+             "--out", models[f"theta {theta:g}"], "--resume")
+    for name, folder in models.items():
+        for length in asked.lengths:
+            english, chinese = found(folder, corpus["test"], length)
+            print(f"{name:>12}  {length:5} tokens: found {english:.2f} English, {chinese:.2f} Chinese", flush=True)
+
+
+if __name__ == "__main__":
+    main()
