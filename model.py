@@ -568,31 +568,39 @@ class OneToken:
     """
 
     def __init__(self, model):
-        self.model = model.model
-        self.layers = []
+        config, self.model, self.layers = model.config, model.model, []
+        self.shape = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         for layer in self.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
             qkv = merged(attention.q_proj, attention.k_proj, attention.v_proj)
             gate_up = merged(mlp.gate_proj, mlp.up_proj) if isinstance(mlp, MLP) else None
-            self.layers.append((layer, qkv, gate_up))
+            self.layers.append((layer, qkv, self.head_norms(attention), gate_up))
+
+    def head_norms(self, attention):
+        """Weights (N + G, D) of the norms on queries and keys, in fp32 as they are rotated; None without."""
+        if isinstance(attention.q_norm, nn.Identity):
+            return None
+        N, G, D = self.shape
+        q, k = attention.q_norm.weight.expand(N, D), attention.k_norm.weight.expand(G, D)
+        return torch.cat((q, k)).float()
 
     def __call__(self, ids, cache):
         """ids (B,) -> hidden states (B, H); the token's keys and values go into the cache."""
-        config = self.model.config
-        N, G, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        config, (N, G, D) = self.model.config, self.shape
         masks = {window: cache.mask(1, window) for window in set(self.model.windows)}
         cos, sin = (x[:, :, 0] for x in rotary(cache.positions(1), config))  # (B, 1, D/2)
         cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # (B, 1, D)
         x = self.model.embed_tokens(ids)  # (B, H)
-        for i, (layer, qkv, gate_up) in enumerate(self.layers):
-            heads, attention = qkv(layer.input_layernorm(x)).view(len(x), -1, D), layer.self_attn
-            q, k, v = heads.split((N, G, G), 1)  # (B, N or G, D)
-            qk = torch.cat((attention.q_norm(q), attention.k_norm(k)), 1)  # (B, N + G, D)
+        for i, (layer, qkv, norms, gate_up) in enumerate(self.layers):
+            heads = qkv(layer.input_layernorm(x)).view(len(x), -1, D)
+            qk, v = heads.split((N + G, G), 1)  # (B, N + G, D), (B, G, D)
+            if norms is not None:
+                qk = F.rms_norm(qk.float(), (D,), eps=config.rms_norm_eps) * norms
             qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin).to(x.dtype)  # as in `rotate`
             k, v = cache.append(i, qk[:, N:, None], v[:, :, None])  # (B, G, T so far, D)
             y = F.scaled_dot_product_attention(qk[:, :N, None], k, v, attn_mask=masks[self.model.windows[i]],
-                                               enable_gqa=attention.grouped)  # (B, N, 1, D)
-            x = x + attention.o_proj(y.view(len(x), -1))
+                                               enable_gqa=N != G)  # (B, N, 1, D)
+            x = x + layer.self_attn.o_proj(y.view(len(x), -1))
             x = x + run_mlp(layer.mlp, gate_up, layer.post_attention_layernorm(x))
         cache.length += 1
         return self.model.norm(x)
