@@ -28,6 +28,7 @@ import signal
 import sys
 import time
 import timeit
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -1336,6 +1337,7 @@ def process_group(device_name):
     if world_size > 1 and device.type == "cuda":
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module|torch.distributed is disabled")  # meant so
     if world_size > 1:
         cuda = device.type == "cuda"
         # gloo beside nccl: with CPU offload gradients and states are added up and gathered on the CPU
@@ -1357,8 +1359,8 @@ def say(ranks, message):
 def parallelize(model, ranks, how="ddp", dtype="fp32", offload=False, checkpointing=False):
     """The model over all ranks, to be called instead of it; its parameters are changed in place by fsdp.
 
-    ddp: every rank has everything, and gradients are averaged (Li et al. 2020). fsdp: a rank holds its share of
-    weights, gradients and optimizer, always in fp32, and gathers a block when it is that block's turn, in
+    ddp: every rank has everything, and gradients are averaged (Li et al. 2020). fsdp: a rank holds its share
+    of weights, gradients and optimizer, always in fp32, and gathers a block when it is that block's turn, in
     `dtype` (FSDP2; Zhao et al. 2023; Rajbhandari et al. 2020, ZeRO stage 3). Make the optimizer afterwards.
 
     offload: shares wait in the CPU's memory, where the optimizer works too. checkpointing: a block keeps its
@@ -1384,7 +1386,7 @@ def parallelize(model, ranks, how="ddp", dtype="fp32", offload=False, checkpoint
 
 
 def whole(tensor):
-    """All of a tensor that FSDP has spread over ranks, on each of them (all must call it); any other itself."""
+    """All of a tensor that FSDP has spread over ranks (each of them must call it); any other itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -1396,7 +1398,7 @@ def spread(tensor, like):
 
 
 def unsharded(model, ranks):
-    """A copy of what FSDP has spread, whole and on the first rank's CPU; a model that is not spread itself."""
+    """A model that FSDP has spread, whole on the first rank's CPU; one that is not spread itself."""
     if not isinstance(model, FSDPModule):
         return model
     with torch.device("meta"):
@@ -1652,7 +1654,7 @@ STATE_PARTS = ("weight", "exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 def state_tensors(models):
-    """Yield (key, tensor) of all that is trained and of its optimizer's state, in the same order on all ranks."""
+    """Yield (key, tensor) of all that is trained and of its optimizer's state, alike on all ranks."""
     for name, (module, stepper) in models.items():
         for key, p in module.named_parameters():
             if p.requires_grad:
@@ -1675,7 +1677,7 @@ def save_state(out, record, ranks, models, keep=2, sharded=False):
         temporary.mkdir(parents=True)
     if sharded:
         ranks.sum(0)  # the folder is there, for all
-        dcp.save(dict(state_tensors(models)), checkpoint_id=temporary / "shards", no_dist=ranks.world_size == 1)
+        write_shards(temporary / "shards", dict(state_tensors(models)))
         ranks.sum(0)  # all of it is
     else:
         gathered = ((key, whole(tensor)) for key, tensor in state_tensors(models))
@@ -1719,8 +1721,16 @@ def load_state(folder, models):
     return record
 
 
+def write_shards(folder, tensors):
+    try:
+        dcp.save(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    except dcp.CheckpointException as error:
+        problem = next(iter(error.failures.values()))[0]
+        raise InputError(f"{folder}: not written ({problem}); --resume goes on from the last state") from None
+
+
 def read_shards(folder, models):
-    """{key: tensor} of a state's shards, on each rank its share. Of trusted folders: their index is unpickled."""
+    """{key: tensor} of a state's shards, on each rank its share. Trusted ones: their index is unpickled."""
     tensors = {}
     try:
         saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
@@ -1729,9 +1739,8 @@ def read_shards(folder, models):
                 tensors |= {whole_key: torch.empty_like(p.detach()) for part in STATE_PARTS
                             if (whole_key := f"{name}.{key}.{part}") in saved}
         dcp.load(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
-    except (dcp.CheckpointException, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
-        problem = " ".join(str(error).split())[:200]
-        raise InputError(f"{folder}: damaged, or another run's ({problem})") from None
+    except (dcp.CheckpointException, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise InputError(f"{folder}: damaged, or another run's ({type(error).__name__})") from None
     return tensors
 
 
@@ -1787,9 +1796,9 @@ class Metrics:
     def write(self, step, **values):
         if not self.ranks.first:
             return
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self.file.write(json.dumps({"step": step, **finite}) + "\n")  # JSON has no NaN
-        text = "  ".join(f"{name} {short(value)}" for name, value in values.items() if not isinstance(value, list))
+        self.file.write(json.dumps({"step": step, **finite(values)}) + "\n")
+        text = "  ".join(f"{name} {short(value)}" for name, value in values.items()
+                         if value is not None and value is not False and not isinstance(value, list))
         self.bar.update(step - self.bar.n)
         self.bar.set_postfix_str(text[:70])
         speak = time.monotonic() - self.spoken > 10 or "loss" not in values or step == self.steps
@@ -1803,8 +1812,15 @@ class Metrics:
             self.file.close()
 
 
+def finite(value):
+    """A number, or a dict of them, with None for what is not finite: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {name: finite(number) for name, number in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def short(value):
-    """A number, or {name: number}, as one reads it: four digits."""
+    """A number, or a dict of them, as one reads it: four digits."""
     if isinstance(value, dict):
         return " ".join(f"{name} {short(number)}" for name, number in value.items())
     return f"{value:.4g}" if isinstance(value, float) else str(value)

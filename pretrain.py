@@ -12,7 +12,6 @@ gradient of the mean negative log-likelihood. Validation in bits per byte, which
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import resource
@@ -28,13 +27,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import FSDPModule
 
 from model import (DTYPES, NOT_COPIED, CausalLM, Config, Experts, Metrics, Stepper, StopSignal, accumulate,
-                   autocast, bits_per_byte, choose_compile, choose_dtype, export_best, fingerprint, finish_run,
-                   generate, keep_best, learning_rate, load_folder, load_state, make_optimizer, open_run,
-                   parallelize, pick_device, process_group, read_config, read_json, router_losses, save_folder,
-                   save_state, say, spread, unsharded, whole, window_batch, write_json)
-from tokenizer import FILES, InputError, Tokenizer, one_line_errors, option, parse_options, read_tokens
+                   autocast, bits_per_byte, choose_compile, choose_dtype, export_best, fingerprint,
+                   finish_run, generate, keep_best, learning_rate, load_folder, load_state, make_optimizer,
+                   open_run, parallelize, pick_device, process_group, read_config, read_json, router_losses,
+                   save_folder, save_state, say, spread, unsharded, whole, window_batch, write_json)
+from tokenizer import InputError, Tokenizer, one_line_errors, option, parse_options, read_tokens
 
 
 @dataclass(kw_only=True)
@@ -94,7 +94,7 @@ class Options:
                            choices=("ddp", "fsdp"))
     offload: bool = option("with fsdp: weights and optimizer wait in the CPU's memory", False)
     checkpointing: bool = option("compute blocks again in the backward pass instead of keeping them", False)
-    peak_tflops: float = option("the device's peak in 1e12 operations a second, for MFU; 0 measures a product",
+    peak_tflops: float = option("the device's peak for MFU, in 1e12 operations a second; 0 probes a product",
                                 0.0, at_least=0)
     plan: bool = option("say what the run would need, and do not run it", False)
     gpus: int = option("with --plan: how many", 1, at_least=1)
@@ -132,7 +132,7 @@ class Windows:
         return numbers
 
     def batch(self, numbers):
-        """ids, positions, documents, targets of windows, each a tensor (B, T), and their shards' numbers (B,)."""
+        """ids, positions, documents, targets of windows, each (B, T), and their shards' numbers (B,)."""
         parts = []
         for number in numbers:
             shard = int(np.searchsorted(self.first, number, side="right")) - 1
@@ -150,11 +150,11 @@ def micro_batches(rows, micro_batch):
 def name_separator(tokenizer, shards):
     """A foreign tokenizer without <|endoftext|> gets the token that all documents of the data begin with."""
     if tokenizer.endoftext is None:
-        firsts = {int(token) for shard in shards for token in shard.tokens[shard.offsets]}
-        if len(firsts) > 1:
+        first, *others = {int(token) for shard in shards for token in shard.tokens[shard.offsets]}
+        if others:
             raise InputError("--data: documents do not begin with one and the same token, and the tokenizer "
                              "has no <|endoftext|>; encode them with a separator")
-        tokenizer.endoftext = firsts.pop()
+        tokenizer.endoftext = first
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -198,8 +198,8 @@ def added_losses(model, options, logprobs, targets, tokens, parts):
 
 def add_penalties(model, options, scale):
     """Add the gradients of l1 |w| and l2 w^2 / 2, over matrices: they need no forward pass."""
-    for p in model.parameters():
-        if p.dim() == 2 and (options.l1 or options.l2):
+    for p in model.parameters() if options.l1 or options.l2 else ():
+        if p.dim() == 2:
             p.grad.add_(options.l1 * p.detach().sign() + options.l2 * p.detach(), alpha=scale)
 
 
@@ -224,7 +224,7 @@ def orthogonalise(matrix):
 
 
 class Muon(torch.optim.AdamW):
-    """W <- W - lr (0.2 sqrt(max(rows, columns)) orthogonalise(momentum) + decay W) for the matrices of blocks.
+    """W <- W - lr (0.2 sqrt(max(rows, columns)) orthogonalise(momentum) + decay W), for matrices of blocks.
 
     With that factor an update has the size of AdamW's (Liu et al. 2025, eq. 4), which embeddings, head and
     norms have here, with the same learning rate and decay.
@@ -355,22 +355,22 @@ def add_hooks(options, model):
 
 def export(options, model, tokenizer):
     """The model folder. One that was loaded keeps its files, but for what this run changed of them."""
-    out, source = Path(options.out), model.source
+    out, source, config = Path(options.out), model.source, model.config
     if source is not None:
-        for file in sorted(source.iterdir()):
-            tokenizers = options.tokenizer and file.name not in ("config.json", "generation_config.json")
-            if file.suffix in (".json", ".model", ".txt", ".jinja") and not tokenizers:
-                if file.name not in NOT_COPIED:
-                    shutil.copyfile(file, out / file.name)
-        before, config = read_config(source, CausalLM), model.config
+        for file in source.iterdir():
+            of_model = file.name in ("config.json", "generation_config.json")
+            of_tokenizer = file.suffix in (".json", ".model", ".txt", ".jinja") and not options.tokenizer
+            if (of_model or of_tokenizer) and file.name not in NOT_COPIED:
+                shutil.copyfile(file, out / file.name)
+        raw, before = read_json(source / "config.json"), read_config(source, CausalLM)
         changed = {name: getattr(config, name) for name in ("vocab_size", "max_position_embeddings")
                    if getattr(config, name) != getattr(before, name)}
-        if config.rope_theta != before.rope_theta:
-            raw = read_json(source / "config.json")
-            changed |= {"rope_theta": config.rope_theta, "rope_parameters": (raw.get("rope_parameters") or {
-                "rope_type": "default"}) | {"rope_theta": config.rope_theta}}
+        if options.rope_theta:
+            rope = raw.get("rope_parameters") or {"rope_type": "default"}
+            changed |= {"rope_theta": config.rope_theta,
+                        "rope_parameters": rope | {"rope_theta": config.rope_theta}}
         if changed:
-            write_json(out / "config.json", read_json(source / "config.json") | changed)
+            write_json(out / "config.json", raw | changed)
         if options.tokenizer:
             tokenizer.save(out)
         model.source = out  # its files are there: the weights are what is left to write
@@ -381,21 +381,20 @@ def export(options, model, tokenizer):
 # What a run costs
 
 
-def matrices(config):
-    """(weights of matrices that a token goes through, all weights), of the shape in config."""
+def count_parameters(config):
+    """(all numbers of a model, those in the matrices that a token is multiplied with)."""
     with torch.device("meta"):
         model = CausalLM(config)
-    total = sum(p.numel() for p in model.parameters())
     blocks = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
-    idle = sum((config.num_experts - config.num_experts_per_tok) * 3 * config.hidden_size
-               * config.moe_intermediate_size for _ in config.sparse_layers)
-    return blocks - idle + config.vocab_size * config.hidden_size, total
+    expert = 3 * config.hidden_size * config.moe_intermediate_size
+    idle = len(config.sparse_layers) * (config.num_experts - config.num_experts_per_tok) * expert
+    return sum(p.numel() for p in model.parameters()), blocks - idle + config.vocab_size * config.hidden_size
 
 
 def flops_per_token(config, length):
-    """Operations of training on one token: 6 a weight, and attention's (Chowdhery et al. 2022, appendix B)."""
+    """Operations of training on a token: 6 a weight, and attention's (Chowdhery et al. 2022, appendix B)."""
     attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
-    return 6 * matrices(config)[0] + 12 * attention
+    return 6 * count_parameters(config)[1] + 12 * attention
 
 
 def peak_flops(options, device, dtype):
@@ -435,10 +434,9 @@ def activation_bytes(config, rows, length, dtype, checkpointing=False):
         kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    with FakeTensorMode():
-        model = CausalLM(config)
-        ids = torch.zeros(rows, length, dtype=torch.long)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast(torch.device("cpu"), dtype):
+    with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model, ids = CausalLM(config), torch.zeros(rows, length, dtype=torch.long)
+        with autocast(torch.device("cpu"), dtype):
             model(ids, documents=ids, targets=ids)
         own = {p.untyped_storage()._cdata for p in model.parameters()}
         return inputs + sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in own)
@@ -447,42 +445,41 @@ def activation_bytes(config, rows, length, dtype, checkpointing=False):
 def plan(options):
     """Figures of a run that is not made, by name: numbers of things, bytes on a GPU, seconds.
 
-    Each GPU takes its share of a step's windows. Weights, gradients and optimizer are in fp32, and with fsdp
-    each GPU has its share of them, and the whole of one block and of the embeddings.
+    Each GPU takes its share of a step's windows. Weights, gradients and optimizer are in fp32; with fsdp each
+    GPU has its share of them, and for a while the whole of one block and of the embeddings.
     """
     vocab_size = Tokenizer.load(options.tokenizer).vocab_size if options.tokenizer else 0
     config = read_config(options.model, CausalLM) if options.model else shape(options, vocab_size)
     config.vocab_size = max(config.vocab_size, vocab_size)
     dtype = "bf16" if options.dtype == "auto" else options.dtype
-    active, total = matrices(config)
+    parameters, multiplied = count_parameters(config)
     embeddings = config.vocab_size * config.hidden_size
-    moments = total + (embeddings if options.optimizer == "muon" else total)  # muon has one a matrix
-    tokens = options.steps * options.batch_size * options.max_length
-    fsdp = options.parallel == "fsdp"
+    moments = parameters + (embeddings if options.optimizer == "muon" else parameters)
+    held, sharded = {"weights": 4 * parameters, "gradients": 4 * parameters, "optimizer": 4 * moments}, {}
+    if options.parallel == "fsdp":
+        held = {name: size // options.gpus for name, size in held.items()}
+        sharded = {"gathered": 4 * (embeddings + (parameters - embeddings) // config.num_hidden_layers)}
     rows = options.micro_batch or -(-options.batch_size // options.gpus)
-    gathered = embeddings * 4 + (total - embeddings) // config.num_hidden_layers * 4
-    held = {"weights": total * 4, "gradients": total * 4, "optimizer": moments * 4}
-    held = {name: size // options.gpus if fsdp else size for name, size in held.items()}
-    held |= {"gathered": gathered} if fsdp else {}
-    held["activations"] = activation_bytes(config, rows, options.max_length, dtype, options.checkpointing)
+    activations = activation_bytes(config, rows, options.max_length, dtype, options.checkpointing)
+    tokens = options.steps * options.batch_size * options.max_length
     flops = tokens * flops_per_token(config, options.max_length)
     peak = peak_flops(options, pick_device(options.device), dtype)
-    seconds = flops / (peak * options.mfu * options.gpus)
-    return {"parameters": total, "active": active, "tokens": tokens, "chinchilla": 20 * total, "flops": flops,
-            "memory": held, "peak": peak, "seconds": seconds,
-            "cost": options.price * options.gpus * seconds / 3600}
+    return {"parameters": parameters, "multiplied": multiplied, "tokens": tokens, "flops": flops,
+            "memory": {**held, **sharded, "activations": activations}, "peak": peak,
+            "seconds": flops / (peak * options.mfu * options.gpus)}
 
 
 def print_plan(options):
-    p = plan(options)
-    parts = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in p["memory"].items())
-    print(f"parameters   {p['parameters']:,} ({p['active']:,} in the products of a token)")
-    print(f"tokens       {p['tokens']:,}, {p['tokens'] / p['parameters']:.3g} a parameter; Chinchilla's 20 are "
-          f"{p['chinchilla']:,} (Hoffmann et al. 2022, table 3)")
-    print(f"operations   {p['flops']:.3g}")
-    print(f"GB a GPU     {sum(p['memory'].values()) / 1e9:.3g}: {parts}")
-    print(f"hours        {p['seconds'] / 3600:.3g} on {options.gpus}, at {options.mfu:.0%} of "
-          f"{p['peak'] / 1e12:.3g} TFLOP/s each" + (f"; cost {p['cost']:.2f}" if options.price else ""))
+    found = plan(options)
+    hours, gigabytes = found["seconds"] / 3600, {name: size / 1e9 for name, size in found["memory"].items()}
+    print(f"parameters  {found['parameters']:,}; {found['multiplied']:,} are multiplied with each token")
+    print(f"tokens      {found['tokens']:,}; 20 a parameter would be {20 * found['parameters']:,} "
+          "(Hoffmann et al. 2022, table 3)")
+    print(f"operations  {found['flops']:.3g}")
+    print(f"GB a GPU    {sum(gigabytes.values()):.3g}: "
+          + ", ".join(f"{name} {size:.3g}" for name, size in gigabytes.items()))
+    print(f"hours       {hours:.3g} on {options.gpus} at {options.mfu:.0%} of "
+          f"{found['peak'] / 1e12:.3g} TFLOP/s; cost {options.price * options.gpus * hours:.2f}")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -540,12 +537,12 @@ def figures(sums, shards):
 def spike(record, loss):
     """Whether a loss is 5 standard deviations above what was seen before; the averages are kept in `record`.
 
-    Mean and variance are exponential averages over about 50 steps, from the 20th step on.
+    Mean and variance are exponential averages over about 20 steps, from the 20th step on.
     """
     delta, seen = loss - record["loss_mean"], record["loss_seen"]
     high = not math.isfinite(loss) or seen >= 20 and delta > 5 * math.sqrt(record["loss_variance"])
     if math.isfinite(loss):
-        share = max(0.02, 1 / (seen + 1))
+        share = max(0.05, 1 / (seen + 1))
         record["loss_mean"] += share * delta
         record["loss_variance"] = (1 - share) * (record["loss_variance"] + share * delta**2)
         record["loss_seen"] = seen + 1
@@ -557,6 +554,8 @@ def validate(model, tokenizer, shards, options, context):
     with context(), torch.compiler.set_stance("force_eager"):
         bits = bits_per_byte(model, tokenizer, shards, options.max_length, options.batch_size,
                              options.eval_windows or None)
+    if isinstance(model, FSDPModule):
+        model.reshard()  # without a backward pass embeddings and head stay gathered: the optimizer has shares
     return bits, sum(bits.values()) / len(bits)
 
 
@@ -579,9 +578,13 @@ def train(options, ranks):
     name_separator(tokenizer, shards["train"])
     files = [Path(options.data) / "index.json", *Path(options.data).glob("train/*.bin")]
     inputs = {"data": fingerprint(files), "tokenizer": tokenizer.hash}
+    chats = False
     if options.model:
         inputs["model"] = fingerprint(Path(options.model).glob("*.safetensors"))
-    run, state = open_run(stage(options), options, ranks, inputs)
+        before = Path(options.model) / "run.json"
+        chats = not before.exists() or read_json(before).get("stage") != "pretrain"
+    # sft.py makes chat tokens anew in a model of "pretrain", and must not where they may mean something.
+    run, state = open_run("continue" if chats else "pretrain", options, ranks, inputs)
 
     dtype = choose_dtype(options, ranks, run)
     add_hooks(options, model)
@@ -596,14 +599,11 @@ def train(options, ranks):
         record |= load_state(state, {"model": (model, stepper)})
     windows = Windows(shards["train"], options.max_length, tokenizer.endoftext, options.seed)
     parameters = sum(p.numel() for p in model.parameters())
+    held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in model.parameters())
     epochs = options.steps * options.batch_size / len(windows)
-    say(ranks, f"{parameters:,} parameters, {len(windows):,} windows, {epochs:.1f} epochs, "
-               f"{ranks.world_size} x {ranks.device}")
-    return train_loop(options, ranks, run, record, model, parallel, stepper, tokenizer, shards, windows, dtype)
+    say(ranks, f"{parameters:,} parameters, {held:,} of them on a rank, {len(windows):,} windows, "
+               f"{epochs:.1f} epochs, {ranks.world_size} x {ranks.device}")
 
-
-def train_loop(options, ranks, run, record, model, parallel, stepper, tokenizer, shards, windows, dtype):
-    """Every step: batch, gradients, optimizer, metrics; every so often validation, samples, a saved state."""
     def context():
         return autocast(ranks.device, dtype)
 
@@ -618,10 +618,21 @@ def train_loop(options, ranks, run, record, model, parallel, stepper, tokenizer,
         return train_step(parallel, batches, ranks, context, stepper.scale, options, lengths,
                           len(windows.shards))
 
-    done, earlier = record["step"], record["seconds"]
+    done = record["step"]
     choose_compile(options, ranks, run, model, lambda: gradients(done), options.steps - done)
-    peak = peak_flops(options, ranks.device, dtype) * ranks.world_size
-    flops = flops_per_token(model.config, options.max_length)
+    token_share = flops_per_token(model.config, options.max_length) / ranks.world_size / peak_flops(
+        options, ranks.device, dtype)
+    return train_loop(options, ranks, run, record, model, stepper, gradients, context, tokenizer, shards,
+                      token_share)
+
+
+def train_loop(options, ranks, run, record, model, stepper, gradients, context, tokenizer, shards,
+               token_share):
+    """Every step: gradients, optimizer, metrics; every so often validation, samples, a saved state.
+
+    gradients(step): what train_step returns; token_share: seconds that a token needs at the peak.
+    """
+    done, earlier = record["step"], record["seconds"]
     metrics, signal, began = Metrics(options.out, ranks, done, options.steps), StopSignal(), time.monotonic()
     early = 0 < options.patience <= record["worse"]  # it had stopped early, and was killed before its end
     for step in range(done, 0 if early else options.steps):
@@ -633,9 +644,9 @@ def train_loop(options, ranks, run, record, model, parallel, stepper, tokenizer,
         speed = tokens / (now - step_began)
         record |= {"step": step + 1, "tokens": record["tokens"] + tokens, "seconds": earlier + now - began}
         metrics.write(step + 1, loss=loss, lr=lr, grad_norm=norm, tokens=record["tokens"],
-                      tokens_per_second=speed, mfu=speed * flops / peak, memory=memory(ranks.device),
+                      tokens_per_second=speed, mfu=speed * token_share, memory=memory(ranks.device),
                       seconds=record["seconds"], skipped=stepper.skipped, spike=spike(record, loss),
-                      **figures(sums, windows.shards))
+                      **figures(sums, shards["train"]))
         last = step + 1 == options.steps
         if last or (step + 1) % options.eval_every == 0:
             bits, mean = validate(model, tokenizer, shards["valid"], options, context)
@@ -658,16 +669,6 @@ def train_loop(options, ranks, run, record, model, parallel, stepper, tokenizer,
     export_best(options, ranks, model)
     plain = unsharded(model, ranks)
     return finish_run(options, ranks, run, record, lambda: export(options, plain, tokenizer))
-
-
-def stage(options):
-    """What run.json calls the run: "pretrain", unless a model goes on that was not made here from nothing.
-
-    sft.py gives meaning to the chat tokens of a "pretrain" model, and those of an open one have it.
-    """
-    before = Path(options.model) / "run.json"
-    ours = not options.model or before.exists() and read_json(before).get("stage") == "pretrain"
-    return "pretrain" if ours else "continue"
 
 
 def check_options(options, ranks):
