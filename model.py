@@ -1736,8 +1736,8 @@ def read_shards(folder, models):
         saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
         for name, (module, _) in models.items():
             for key, p in module.named_parameters():
-                tensors |= {whole_key: torch.empty_like(p.detach()) for part in STATE_PARTS
-                            if (whole_key := f"{name}.{key}.{part}") in saved}
+                keys = [f"{name}.{key}.{part}" for part in STATE_PARTS]
+                tensors |= {key: torch.empty_like(p.detach()) for key in keys if key in saved}
         dcp.load(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
     except (dcp.CheckpointException, pickle.UnpicklingError, EOFError, ValueError) as error:
         raise InputError(f"{folder}: damaged, or another run's ({type(error).__name__})") from None

@@ -402,7 +402,7 @@ def peak_flops(options, device, dtype):
     if options.peak_tflops:
         return options.peak_tflops * 1e12
     size = 8192 if device.type == "cuda" else 1024
-    a = torch.ones(size, size, device=device, dtype=DTYPES[dtype])
+    a = torch.rand(size, size, device=device).to(DTYPES[dtype])
 
     def product():
         (a @ a)[0, 0].item()  # waits for it

@@ -1,13 +1,13 @@
-"""A training step of model.py beside nanoGPT's, minimind's and transformers' Qwen3: same shape, tokens, optimizer.
+"""A training step of model.py beside those of nanoGPT, minimind and transformers' Qwen3, at the same shape.
 
     git clone https://github.com/karpathy/nanoGPT; git clone https://github.com/jingyaogong/minimind
     python bench/train.py --nanogpt nanoGPT --minimind minimind [--shape 20M] [--device cuda]
     python bench/train.py --grow     # how our step grows with T, H, L, V and B
     python bench/train.py --profile  # where the time of our step goes
 
-Each peer runs in fp32 and bf16 autocast, eager and compiled, by turns in one process, without a document mask;
-all have fused AdamW and clipping. Printed are best and median tokens a second, and what part of the rate of a
-large product the best reaches. Memory is that of a process of its own. A peer that is not there is said to be.
+Each runs in fp32 and bf16 autocast, eager and compiled, by turns in one process, without a document mask; all
+have fused AdamW and clipping. Printed are best and median tokens a second, our share of the rate that a large
+product reaches, and each one's memory, in a process of its own. A peer that is not there is said not to be.
 """
 
 import argparse
@@ -132,9 +132,9 @@ def compare(shape, options):
     best = {}
     for (peer, (dtype, compiled)), spent in taken.items():
         median = tokens / statistics.median(spent)
-        best[peer] = max(best.get(peer, (0,)), (median, dtype, "compiled" if compiled else "eager"))
-        print(f"{peer:12} {dtype} {'compiled' if compiled else 'eager   '}  best {tokens / min(spent):9,.0f}  "
-              f"median {median:9,.0f} tokens/s")
+        how = "compiled" if compiled else "eager"
+        best[peer] = max(best.get(peer, (0,)), (median, dtype, how))
+        print(f"{peer:12} {dtype} {how:8}  best {tokens / min(spent):9,.0f}  median {median:9,.0f} tokens/s")
     for peer, (median, dtype, how) in best.items():
         rate = median * flops_per_token(config_of(shape), shape[-1])
         peak = peak_flops(Options(), torch.device(options.device), dtype)
@@ -175,7 +175,8 @@ def grow(shape, options):
             taken[name].append(seconds(step))
     base = statistics.median(taken["as it is"])
     for name, spent in taken.items():
-        print(f"{name:12} {statistics.median(spent) * 1e3:8.1f} ms, {statistics.median(spent) / base:.2f} times")
+        median = statistics.median(spent)
+        print(f"{name:12} {median * 1e3:8.1f} ms, {median / base:.2f} times")
 
 
 def profile(shape, options):
@@ -201,8 +202,8 @@ def main():
     shape = SHAPES[options.shape]
     if options.memory_of:
         return memory_of(*options.memory_of, shape, options)
-    print(f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads; V, H, I, L, N, B, T "
-          f"= {shape}")
+    print(f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads; "
+          f"V, H, I, L, N, B, T = {shape}")
     (grow if options.grow else profile if options.profile else compare)(shape, options)
 
 
