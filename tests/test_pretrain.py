@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -312,12 +312,16 @@ def test_three_ranks_resume_bit_exactly(tmp_path):
 
 
 def test_one_step_of_a_loaded_model_without_a_rate_changes_nothing(tmp_path):
-    (tmp_path / "model").mkdir()
-    for file in (tiny() / "base").glob("*.*"):  # a folder of somebody else's: no run.json, bf16
-        shutil.copy(file, tmp_path / "model")
+    shutil.copytree(tiny() / "base", tmp_path / "model")  # made somebody else's: no run.json, bf16
     (tmp_path / "model" / "run.json").unlink()
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    before = {name: tensor.bfloat16() for name, tensor in weights.items()}
+    save_file(before, tmp_path / "model" / "model.safetensors")
     assert run("pretrain", *going_on(tmp_path, steps=1, lr=0)) == 0
-    for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json"):
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert after.keys() == before.keys()
+    assert all(after[k].dtype == torch.bfloat16 and torch.equal(after[k], before[k]) for k in before)
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "model" / name).read_bytes(), name
     assert read_json(tmp_path / "out" / "run.json")["stage"] == "continue"
 
