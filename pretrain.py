@@ -353,6 +353,13 @@ def add_hooks(options, model):
         model.model.register_forward_hook(keep)
 
 
+def seed_dropout(options, ranks, step):
+    """What a step drops depends on the seed, the step and the rank, and on nothing before."""
+    if options.dropout:
+        seeds = np.random.SeedSequence([options.seed, step, ranks.rank])
+        torch.manual_seed(int(seeds.generate_state(1)[0]))
+
+
 def export(options, model, tokenizer):
     """The model folder. One that was loaded keeps its files, but for what this run changed of them."""
     out, source, config = Path(options.out), model.source, model.config
@@ -570,15 +577,17 @@ def sample_texts(model, tokenizer, options, ranks, step):
     return [tokenizer.decode(answer.ids, skip_special_tokens=True) for answer in answers]
 
 
-def train(options, ranks):
-    """The whole run; returns the exit status."""
+def prepare(options, ranks):
+    """All that a run begins or goes on with: run.json, record, models, stepper, tokenizer, shards, dtype.
+
+    `parallel` is the model over all ranks, to be trained; `model` is itself, to be measured and saved.
+    """
     check_options(options, ranks)
     model, tokenizer = start(options)
     shards = {split: read_tokens(options.data, split, tokenizer) for split in ("train", "valid")}
     name_separator(tokenizer, shards["train"])
     files = [Path(options.data) / "index.json", *Path(options.data).glob("train/*.bin")]
-    inputs = {"data": fingerprint(files), "tokenizer": tokenizer.hash}
-    chats = False
+    inputs, chats = {"data": fingerprint(files), "tokenizer": tokenizer.hash}, False
     if options.model:
         inputs["model"] = fingerprint(Path(options.model).glob("*.safetensors"))
         before = Path(options.model) / "run.json"
@@ -597,42 +606,38 @@ def train(options, ranks):
               "loss_variance": 0.0, "loss_seen": 0}
     if state:
         record |= load_state(state, {"model": (model, stepper)})
-    windows = Windows(shards["train"], options.max_length, tokenizer.endoftext, options.seed)
+    return run, record, model, parallel, stepper, tokenizer, shards, dtype
+
+
+def announce(options, ranks, model, windows):
     parameters = sum(p.numel() for p in model.parameters())
     held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in model.parameters())
     epochs = options.steps * options.batch_size / len(windows)
     say(ranks, f"{parameters:,} parameters, {held:,} of them on a rank, {len(windows):,} windows, "
                f"{epochs:.1f} epochs, {ranks.world_size} x {ranks.device}")
 
+
+def train(options, ranks):
+    """The whole run; returns the exit status."""
+    run, record, model, parallel, stepper, tokenizer, shards, dtype = prepare(options, ranks)
+    windows = Windows(shards["train"], options.max_length, tokenizer.endoftext, options.seed)
+    lengths = torch.tensor(tokenizer.token_bytes(), device=ranks.device)  # (V,)
+    announce(options, ranks, model, windows)
+
     def context():
         return autocast(ranks.device, dtype)
 
-    lengths = torch.tensor(tokenizer.token_bytes(), device=ranks.device)  # (V,)
-
     def gradients(step):
-        if options.dropout:
-            seeds = np.random.SeedSequence([options.seed, step, ranks.rank])
-            torch.manual_seed(int(seeds.generate_state(1)[0]))
+        seed_dropout(options, ranks, step)
         rows = ranks.rows(windows.rows(step, options.batch_size))
         batches = [windows.batch(part) for part in micro_batches(rows, options.micro_batch)]
         return train_step(parallel, batches, ranks, context, stepper.scale, options, lengths,
                           len(windows.shards))
 
-    done = record["step"]
-    choose_compile(options, ranks, run, model, lambda: gradients(done), options.steps - done)
-    token_share = flops_per_token(model.config, options.max_length) / ranks.world_size / peak_flops(
-        options, ranks.device, dtype)
-    return train_loop(options, ranks, run, record, model, stepper, gradients, context, tokenizer, shards,
-                      token_share)
-
-
-def train_loop(options, ranks, run, record, model, stepper, gradients, context, tokenizer, shards,
-               token_share):
-    """Every step: gradients, optimizer, metrics; every so often validation, samples, a saved state.
-
-    gradients(step): what train_step returns; token_share: seconds that a token needs at the peak.
-    """
     done, earlier = record["step"], record["seconds"]
+    choose_compile(options, ranks, run, model, lambda: gradients(done), options.steps - done)
+    peak = peak_flops(options, ranks.device, dtype) * ranks.world_size
+    flops = flops_per_token(model.config, options.max_length)
     metrics, signal, began = Metrics(options.out, ranks, done, options.steps), StopSignal(), time.monotonic()
     early = 0 < options.patience <= record["worse"]  # it had stopped early, and was killed before its end
     for step in range(done, 0 if early else options.steps):
@@ -644,9 +649,9 @@ def train_loop(options, ranks, run, record, model, stepper, gradients, context, 
         speed = tokens / (now - step_began)
         record |= {"step": step + 1, "tokens": record["tokens"] + tokens, "seconds": earlier + now - began}
         metrics.write(step + 1, loss=loss, lr=lr, grad_norm=norm, tokens=record["tokens"],
-                      tokens_per_second=speed, mfu=speed * token_share, memory=memory(ranks.device),
+                      tokens_per_second=speed, mfu=speed * flops / peak, memory=memory(ranks.device),
                       seconds=record["seconds"], skipped=stepper.skipped, spike=spike(record, loss),
-                      **figures(sums, shards["train"]))
+                      **figures(sums, windows.shards))
         last = step + 1 == options.steps
         if last or (step + 1) % options.eval_every == 0:
             bits, mean = validate(model, tokenizer, shards["valid"], options, context)
