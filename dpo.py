@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from model import (Metrics, Ranks, Stepper, StopSignal, accumulate, autocast, choose_dtype, export_best,
                    fingerprint, finish_run, keep_best, learning_rate, load_folder, load_state, make_optimizer,
-                   open_run, process_group, save_folder, save_state, say, wrap_ddp)
+                   open_run, process_group, save_folder, save_state, say, parallelize)
 from tokenizer import (InputError, encode_chat, held_out, jsonl_files, name_of, one_line_errors, option,
                        parse_options, read_jsonl, record_ranking)
 
@@ -314,7 +314,7 @@ def train(options, ranks):
     record = {"step": 0, "tokens": 0, "best": math.inf, "worse": 0, "seconds": 0.0}
     if state:
         record = load_state(state, {"model": (model, stepper)})
-    parallel = wrap_ddp(model, ranks)
+    parallel = parallelize(model, ranks)
 
     def gradients(step):
         batches = step_batches(options, train_set, steps[step], pad, ranks)

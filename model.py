@@ -16,26 +16,34 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
 import sys
 import time
 import timeit
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy,
+                                    fully_shard)
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from kernels import linear_logprob, rms_norm
@@ -1442,9 +1450,11 @@ def process_group(device_name):
     if world_size > 1 and device.type == "cuda":
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module|torch.distributed is disabled")  # meant so
     if world_size > 1:
         cuda = device.type == "cuda"
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        # gloo beside nccl: with CPU offload gradients and states are added up and gathered on the CPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=device if cuda else None)
     try:
         yield Ranks(rank, world_size, device)
     finally:
@@ -1459,12 +1469,60 @@ def say(ranks, message):
         print(message, file=sys.stderr, flush=True)
 
 
-def wrap_ddp(model, ranks):
-    """DistributedDataParallel where there is more than one rank; call the result, never its `.module`."""
+def parallelize(model, ranks, how="ddp", dtype="fp32", offload=False, checkpointing=False):
+    """The model over all ranks, to be called instead of it; its parameters are changed in place by fsdp.
+
+    ddp: every rank has everything, and gradients are averaged (Li et al. 2020). fsdp: a rank holds its share
+    of weights, gradients and optimizer, always in fp32, and gathers a block when it is that block's turn, in
+    `dtype` (FSDP2; Zhao et al. 2023; Rajbhandari et al. 2020, ZeRO stage 3). Make the optimizer afterwards.
+
+    offload: shares wait in the CPU's memory, where the optimizer works too. checkpointing: a block keeps its
+    input only, and is computed again in the backward pass (Chen et al. 2016).
+    """
+    if checkpointing:
+        for block in model.model.layers:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if ranks.world_size == 1:
         return model
-    ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+    cuda = ranks.device.type == "cuda"
+    if how == "ddp":
+        ids = [ranks.device.index] if cuda else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+    settings = {"mesh": dist.init_device_mesh(ranks.device.type, (ranks.world_size,)),
+                "offload_policy": CPUOffloadPolicy(pin_memory=cuda) if offload else OffloadPolicy()}
+    # Inputs are not cast: the residual stream stays in fp32, as it does under autocast.
+    half = MixedPrecisionPolicy(None if dtype == "fp32" else DTYPES[dtype], torch.float32,
+                                cast_forward_inputs=False)
+    for block in model.model.layers:
+        fully_shard(block, mp_policy=half, **settings)
+    return fully_shard(model, **settings)  # what is left: embeddings, last norm and head, one group in fp32
+
+
+def whole(tensor):
+    """All of a tensor that FSDP has spread over ranks (each of them must call it); any other itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def spread(tensor, like):
+    """A whole tensor as `like` is: on its device, and this rank's share where `like` is spread."""
+    if isinstance(like, DTensor) and not isinstance(tensor, DTensor):
+        tensor = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    return tensor.to(like.device)
+
+
+def unsharded(model, ranks):
+    """A model that FSDP has spread, whole on the first rank's CPU; one that is not spread itself."""
+    if not isinstance(model, FSDPModule):
+        return model
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+    plain.to_empty(device="cpu" if ranks.first else "meta").tie_weights()
+    for name, p in model.named_parameters():
+        tensor = whole(p.detach())  # one at a time: the other ranks let go of it
+        if ranks.first:
+            plain.get_parameter(name).data.copy_(tensor)
+    plain.source, plain.stored_dtype = model.source, getattr(model, "stored_dtype", torch.float32)
+    return plain
 
 
 def probe_dtype(device):
@@ -1522,7 +1580,8 @@ def choose_compile(options, ranks, run, model, one_step, steps):
             write_json(Path(options.out) / "run.json", run)
     model.zero_grad(set_to_none=True)
     if run["compile"]:
-        model.compile()
+        for part in model.model.layers if isinstance(model, FSDPModule) else [model]:  # gathered by block
+            part.compile()
 
 
 def compiler_works(device):
@@ -1593,7 +1652,7 @@ class Stepper:
         for p in self.parameters:
             if p.grad is not None and self.scale != 1.0:
                 p.grad /= self.scale
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip or math.inf).item()
+        norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.clip or math.inf)).item()
         if math.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -1636,17 +1695,19 @@ def open_run(stage, options, ranks, inputs):
     """Begin, resume or refuse a run in options.out. Returns (run.json as a dict, the state's folder or None).
 
     run.json keeps the options and a fingerprint of the inputs; a resumed run must have the same (its --steps
-    or --epochs may grow). Raises InputError for an --out that is unfinished, finished, or another run's.
+    or --epochs may grow, and --new-data lets the data differ). Raises InputError for an --out that is
+    unfinished, finished, or another run's.
     """
     out = Path(options.out)
-    settings = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("resume", "overwrite")}
+    settings = {k: v for k, v in dataclasses.asdict(options).items()
+                if k not in ("resume", "overwrite", "new_data")}
     fresh = {"stage": stage, "options": settings, "inputs": inputs, "finished": False, "seconds": 0.0}
     if options.resume and options.overwrite:
         raise InputError("--resume goes on and --overwrite starts again: choose one")
-    if hasattr(options, "model") and (Path(options.model) / "config.json").exists():
-        if read_quantization(Path(options.model) / "config.json"):
-            raise InputError(f"{options.model}: a quantized model is not trained further; start from the "
-                             "one that it was made from")
+    config = Path(getattr(options, "model", "")) / "config.json"
+    if getattr(options, "model", "") and config.exists() and read_quantization(config):
+        raise InputError(f"{options.model}: a quantized model is not trained further; start from the "
+                         "one that it was made from")
     found = old = read_json(out / "run.json") if (out / "run.json").exists() else None
     empty = not out.exists() or out.is_dir() and {p.name for p in out.iterdir()} <= {"run.json.tmp"}
     if old is None and not empty:
@@ -1669,10 +1730,14 @@ def open_run(stage, options, ranks, inputs):
         if changed or old["stage"] != stage:
             what = f"--{changed[0].replace('_', '-')}" if changed else "the stage"
             raise InputError(f"{out}: {what} is not what the run began with; --resume needs the same options")
-        if old["inputs"] != inputs:
-            raise InputError(f"{out}: the data or the model it began with has changed; start again with "
-                             "--overwrite")
-        fresh = old | {"options": settings, "finished": False}
+        other = [what for what in inputs if inputs[what] != old["inputs"].get(what)]
+        if getattr(options, "new_data", False) and other == ["data"]:
+            other = []
+        if other:
+            hint = " (or --new-data)" if hasattr(options, "new_data") and other == ["data"] else ""
+            raise InputError(f"{out}: the {other[0]} it began with has changed; start again with "
+                             f"--overwrite{hint}")
+        fresh = old | {"options": settings, "inputs": inputs, "finished": False}
     if ranks.first:
         if found and old is None:
             clear_run(out, found)
@@ -1698,26 +1763,42 @@ def newest_state(out):
     return max(states, key=lambda p: int(p.name.removeprefix("step-")), default=None)
 
 
-def save_state(out, record, ranks, models, keep=2):
-    """Write state/step-N: fp32 weights and AdamW's moments as safetensors, the rest (`record`) as state.json.
+STATE_PARTS = ("weight", "exp_avg", "exp_avg_sq", "momentum_buffer")
 
-    models: {name: (module, its Stepper)}. Keys are `{name}.{parameter}.{weight|exp_avg|exp_avg_sq}`; what is
-    frozen is not saved. Written under a temporary name, synced, renamed once; the newest `keep` stay.
-    """
-    if not ranks.first:
-        return
-    folder, step = Path(out) / "state", record["step"]
-    temporary, final = folder / f"tmp-{step}", folder / f"step-{step}"
-    for unfinished in folder.glob("tmp-*"):
-        shutil.rmtree(unfinished, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    tensors = {}
+
+def state_tensors(models):
+    """Yield (key, tensor) of all that is trained and of its optimizer's state, alike on all ranks."""
     for name, (module, stepper) in models.items():
         for key, p in module.named_parameters():
             if p.requires_grad:
                 parts = {"weight": p.detach(), **stepper.optimizer.state.get(p, {})}
-                tensors |= {f"{name}.{key}.{k}": parts[k].cpu() for k in STATE_PARTS if k in parts}
-    write_safetensors(temporary / "tensors.safetensors", tensors)
+                yield from ((f"{name}.{key}.{part}", parts[part]) for part in STATE_PARTS if part in parts)
+
+
+def save_state(out, record, ranks, models, keep=2, sharded=False):
+    """Write state/step-N: fp32 weights and the optimizer's moments as safetensors, `record` as state.json.
+
+    models: {name: (module, its Stepper)}. Keys are `{name}.{parameter}.{weight|exp_avg|...}`; what is frozen
+    is not saved. Written under a temporary name, synced, renamed once; the newest `keep` stay. sharded: each
+    rank writes its share (torch.distributed.checkpoint), where the whole is too large for one.
+    """
+    folder, step = Path(out) / "state", record["step"]
+    temporary, final = folder / f"tmp-{step}", folder / f"step-{step}"
+    if ranks.first:
+        for unfinished in folder.glob("tmp-*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    if sharded:
+        ranks.sum(0)  # the folder is there, for all
+        write_shards(temporary / "shards", dict(state_tensors(models)))
+        ranks.sum(0)  # all of it is
+    else:
+        gathered = ((key, whole(tensor)) for key, tensor in state_tensors(models))
+        tensors = {key: tensor.cpu() for key, tensor in gathered if ranks.first}
+    if not ranks.first:
+        return
+    if not sharded:
+        write_safetensors(temporary / "tensors.safetensors", tensors)
     steppers = {name: stepper.state() for name, (_, stepper) in models.items()}
     write_json(temporary / "state.json", record | {"steppers": steppers})
     shutil.rmtree(final, ignore_errors=True)
@@ -1727,30 +1808,53 @@ def save_state(out, record, ranks, models, keep=2):
         shutil.rmtree(old, ignore_errors=True)
 
 
-STATE_PARTS = ("weight", "exp_avg", "exp_avg_sq")
-
-
 def load_state(folder, models):
     """Put a state's tensors back into {name: (module, its Stepper)}; returns its state.json.
 
-    InputError for a state that is damaged: to remove its folder goes back to the one before.
+    Any number of ranks, and either way of spreading them, reads any other's. InputError for a state that is
+    damaged: to remove its folder goes back to the one before.
     """
-    record, tensors = read_json(folder / "state.json"), read_safetensors(folder / "tensors.safetensors")
+    record, shards = read_json(folder / "state.json"), folder / "shards"
+    tensors = (read_shards(shards, models) if shards.is_dir()
+               else read_safetensors(folder / "tensors.safetensors"))
     try:
         steppers = record.pop("steppers")
         for name, (module, stepper) in models.items():
             stepper.load_state(steppers[name])
             for key, p in module.named_parameters():
                 if p.requires_grad:
-                    p.detach().copy_(tensors[f"{name}.{key}.weight"])
-                    moments = {part: tensors[f"{name}.{key}.{part}"].to(p.device) for part in STATE_PARTS[1:]
-                               if f"{name}.{key}.{part}" in tensors}
-                    if moments:
+                    found = {part: spread(tensors[f"{name}.{key}.{part}"], p) for part in STATE_PARTS
+                             if f"{name}.{key}.{part}" in tensors}
+                    p.detach().copy_(found.pop("weight"))
+                    if found:
                         count = torch.tensor(float(stepper.good), device=p.device)
-                        stepper.optimizer.state[p] = {"step": count, **moments}
+                        stepper.optimizer.state[p] = {"step": count, **found}
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{folder}: not a state of this run ({type(error).__name__}: {error})") from None
     return record
+
+
+def write_shards(folder, tensors):
+    try:
+        dcp.save(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    except dcp.CheckpointException as error:
+        problem = next(iter(error.failures.values()))[0]
+        raise InputError(f"{folder}: not written ({problem}); --resume goes on from the last state") from None
+
+
+def read_shards(folder, models):
+    """{key: tensor} of a state's shards, on each rank its share. Trusted ones: their index is unpickled."""
+    tensors = {}
+    try:
+        saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        for name, (module, _) in models.items():
+            for key, p in module.named_parameters():
+                keys = [f"{name}.{key}.{part}" for part in STATE_PARTS]
+                tensors |= {key: torch.empty_like(p.detach()) for key in keys if key in saved}
+        dcp.load(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    except (dcp.CheckpointException, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise InputError(f"{folder}: damaged, or another run's ({type(error).__name__})") from None
+    return tensors
 
 
 def keep_best(options, ranks, record, loss, model):
@@ -1760,9 +1864,11 @@ def keep_best(options, ranks, record, loss, model):
         record["worse"] += 1
         return
     record |= {"best": loss, "worse": 0}
+    if options.patience:
+        named = ((name, whole(p.detach())) for name, p in model.named_parameters() if p.requires_grad)
+        trained = {name: tensor.cpu().contiguous() for name, tensor in named if ranks.first}
     if options.patience and ranks.first:
         (Path(options.out) / "state").mkdir(parents=True, exist_ok=True)
-        trained = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad}
         write_safetensors(Path(options.out) / "state" / "best.safetensors", trained)
 
 
@@ -1770,11 +1876,12 @@ def keep_best(options, ranks, record, loss, model):
 def export_best(options, ranks, model):
     """With --patience the best validation's weights are put back before the export, else the last stay."""
     path = Path(options.out) / "state" / "best.safetensors"
-    if options.patience and ranks.first and path.exists():  # it is not where every validation was NaN
+    ranks.sum(0)  # it is written, for all
+    if options.patience and path.exists():  # it is not where every validation was NaN
         best = read_safetensors(path)
         for name, p in model.named_parameters():
             if p.requires_grad:
-                p.copy_(best[name])
+                p.copy_(spread(best[name], p))
 
 
 def finish_run(options, ranks, run, record, export):
@@ -1802,9 +1909,9 @@ class Metrics:
     def write(self, step, **values):
         if not self.ranks.first:
             return
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self.file.write(json.dumps({"step": step, **finite}) + "\n")  # JSON has no NaN
-        text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+        self.file.write(json.dumps({"step": step, **finite(values)}) + "\n")
+        text = "  ".join(f"{name} {short(value)}" for name, value in values.items()
+                         if value is not None and value is not False and not isinstance(value, list))
         self.bar.update(step - self.bar.n)
         self.bar.set_postfix_str(text[:70])
         speak = time.monotonic() - self.spoken > 10 or "loss" not in values or step == self.steps
@@ -1816,6 +1923,20 @@ class Metrics:
         if self.ranks.first:
             self.bar.close()
             self.file.close()
+
+
+def finite(value):
+    """A number, or a dict of them, with None for what is not finite: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {name: finite(number) for name, number in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def short(value):
+    """A number, or a dict of them, as one reads it: four digits."""
+    if isinstance(value, dict):
+        return " ".join(f"{name} {short(number)}" for name, number in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 class StopSignal:

@@ -25,7 +25,7 @@ import torch.nn as nn
 
 from model import (Metrics, RewardModel, Stepper, StopSignal, accumulate, autocast, choose_dtype, fingerprint,
                    finish_run, generate, learning_rate, load_folder, load_state, make_optimizer, open_run,
-                   process_group, save_folder, save_state, say, wrap_ddp, write_text)
+                   process_group, save_folder, save_state, say, parallelize, write_text)
 from tokenizer import (InputError, encode_chat, held_out, jsonl_files, load_scorer, messages_of,
                        one_line_errors, option, parse_options, read_jsonl)
 
@@ -475,7 +475,7 @@ def prepare_models(options, ranks, dtype, policy, reference, critic, reward):
     """
     steppers = [Stepper(make_optimizer(m, lr, options.weight_decay, betas=(0.9, 0.95)), dtype, options.clip)
                 for m, lr in ((policy, options.lr), (critic, options.critic_lr))]
-    parallel = [wrap_ddp(m, ranks) for m in (policy, critic)]
+    parallel = [parallelize(m, ranks) for m in (policy, critic)]
     if ranks.world_size > 1:
         ids = torch.zeros(1, 16, dtype=torch.long, device=ranks.device)
         parallel[0](ids, targets=ids).sum().backward()

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from model import (Metrics, RewardModel, Stepper, StopSignal, accumulate, autocast, choose_dtype,
                    export_best, fingerprint, finish_run, keep_best, learning_rate, load_folder, load_state,
-                   make_optimizer, open_run, process_group, save_folder, save_state, say, wrap_ddp)
+                   make_optimizer, open_run, process_group, save_folder, save_state, say, parallelize)
 from tokenizer import (InputError, encode_chat, held_out, jsonl_files, one_line_errors, option, parse_options,
                        read_jsonl, record_ranking, write_whole)
 
@@ -308,7 +308,7 @@ def train(options, ranks):
     say(ranks, f"{len(train_set):,} prompts, {len(valid_set):,} to validate on; left out: "
                f"{counts['bad']} bad, {counts['too_long']} answers too long, {counts['no_pair']} prompts "
                "without a pair")
-    parallel = wrap_ddp(model, ranks)
+    parallel = parallelize(model, ranks)
 
     def context():
         return autocast(ranks.device, dtype)

@@ -22,7 +22,7 @@ import torch
 from model import (Metrics, Stepper, StopSignal, accumulate, add_lora, autocast, choose_compile, choose_dtype,
                    export_best, fingerprint, finish_run, keep_best, learning_rate, load_folder, load_state,
                    make_optimizer, merge_lora, open_run, process_group, read_json, save_adapter, save_folder,
-                   save_state, say, train_rows_only, wrap_ddp)
+                   save_state, say, train_rows_only, parallelize)
 from tokenizer import (InputError, encode_chat, held_out, jsonl_files, messages_of, one_line_errors, option,
                        parse_options, read_jsonl, read_tokens)
 
@@ -308,7 +308,7 @@ def train(options, ranks):
                f"left out: {counts['bad']} bad, {counts['too_long']} too long; cut: {counts['cut']}; "
                f"{trained:,} trained parameters")
 
-    parallel = wrap_ddp(model, ranks)
+    parallel = parallelize(model, ranks)
 
     def context():
         return autocast(ranks.device, dtype)

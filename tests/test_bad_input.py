@@ -98,6 +98,17 @@ pretrain.py         | --seed -1                           | --seed
 pretrain.py         | --schedule square                   | --schedule square
 pretrain.py         | --dtype fp8                         | --dtype fp8
 pretrain.py         | --device abacus                     | --device abacus
+pretrain.py         | --optimizer sgd                     | --optimizer sgd
+pretrain.py         | --dropout 1                         | --dropout 1
+pretrain.py         | --offload                           | --offload --parallel fsdp
+pretrain.py         | --num-experts 2 --num-experts-per-tok 3 | --num-experts-per-tok 3
+pretrain.py         | --model missing                     | missing: no such folder
+pretrain.py         | --model base-cut                    | base-cut/model.safetensors: damaged
+pretrain.py         | --model base --hidden-size 64       | --hidden-size 64 32
+pretrain.py         | --model base --max-length 128       | --max-length 128 --rope-theta
+pretrain.py         | --model base --tokenizer other      | --tokenizer other
+pretrain.py         | --model base --out base             | --out base --model
+pretrain.py         | --plan --tokenizer missing          | missing tokenizer.json
 pretrain.py         | --resume --overwrite                | --resume --overwrite
 sft.py              | --model missing                     | missing: no such folder
 sft.py              | --model corpus                      | corpus: not a model folder
