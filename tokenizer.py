@@ -361,7 +361,7 @@ class Tokenizer:
         self.vocab, self.merges, self.pattern, self.nfc, self.spaces = vocab, merges, pattern, nfc, spaces
         self.special_tokens, self.added_tokens = special_tokens, added_tokens
         self.endoftext, self.im_start, self.im_end, self.pad = map(special_tokens.get, SPECIAL_TOKENS[:4])
-        named = special_tokens | added_tokens
+        self.special_ids, named = frozenset(special_tokens.values()), special_tokens | added_tokens
         self.bytes_of = {id: spell(token, spaces) for token, id in vocab.items() if token not in named}
         # Llama 3: a word that is in the vocabulary is one token, whatever the merges.
         self.whole_words = {data: id for id, data in self.bytes_of.items()} if ignore_merges else {}
@@ -471,7 +471,7 @@ class Tokenizer:
 
         starts: nothing was decoded before them, so a space that SentencePiece added is taken off.
         """
-        hidden = self.special_tokens.values() if skip_special_tokens else ()
+        hidden = self.special_ids if skip_special_tokens else ()
         try:
             data = b"".join([self.bytes_of[id] for id in map(int, ids) if id not in hidden])
         except KeyError as error:
@@ -484,7 +484,7 @@ class Tokenizer:
 
     def token_bytes(self):
         """For each id the bytes of text it stands for; 0 for special tokens and for ids without a token."""
-        special = set(self.special_tokens.values())
+        special = self.special_ids
         return [0 if id in special else len(self.bytes_of.get(id, b"")) for id in range(self.vocab_size)]
 
     @classmethod
@@ -531,8 +531,7 @@ class StreamDecoder:
     def feed(self, id):
         """The text that this id completes: "" while a character is open."""
         data = self.tokenizer.decode_bytes([id], self.skip_special_tokens, self.starts)
-        hidden = self.skip_special_tokens and int(id) in self.tokenizer.special_tokens.values()
-        self.starts = self.starts and hidden
+        self.starts &= self.skip_special_tokens and int(id) in self.tokenizer.special_ids
         return self.decoder.decode(data)
 
     def finish(self):
@@ -541,7 +540,7 @@ class StreamDecoder:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Chat: ChatML, encoded piece by piece.
+# Chat: ChatML, encoded piece by piece; a foreign tokenizer's own template.
 
 ROLES = ("system", "user", "assistant")
 CHAT_TEMPLATE = (
@@ -1401,7 +1400,7 @@ def plot_stats(tokenizer, words, used, path):
     """Zipf's curve, and bytes a token if only the first so many merges were there."""
     from matplotlib.figure import Figure  # only plots need it
 
-    figure, sizes, compression = Figure((10, 4)), [], []
+    figure, sizes, compression = Figure((10, 4), layout="constrained"), [], []
     zipf, curve = figure.subplots(1, 2)
     zipf.loglog(range(1, np.count_nonzero(used) + 1), np.sort(used[used > 0])[::-1])
     zipf.set(xlabel="token, by frequency", ylabel="times it is used", title="Zipf's curve")
