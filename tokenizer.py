@@ -778,9 +778,10 @@ def parse_tokenizer_json(data):
 
 def steps_of(data, part):
     """The steps of a normalizer, pre_tokenizer or decoder: those of a Sequence, or itself, or none."""
-    node = data.get(part) or {"type": "Sequence", part + "s": []}
-    key = "pretokenizers" if part == "pre_tokenizer" else part + "s"
-    return node.get(key, []) if node["type"] == "Sequence" else [node]
+    node = data.get(part)
+    if not node:
+        return []
+    return node[part.replace("_", "") + "s"] if node["type"] == "Sequence" else [node]
 
 
 def read_added_tokens(data, refused):
@@ -839,9 +840,8 @@ def read_spaces(data):
     for step in steps_of(data, "pre_tokenizer"):
         if step["type"] != "Metaspace" or step["replacement"] != "▁" or prefix != "never":
             raise InputError(f"unsupported pre_tokenizer of a byte_fallback BPE: {step}")
-        scheme = "always" if step.get("add_prefix_space", True) else "never"
-        scheme = step.get("prepend_scheme", scheme)
-        prefix = "missing" if scheme == "always" else scheme
+        scheme = step.get("prepend_scheme") or ("always" if step.get("add_prefix_space", True) else "never")
+        prefix = {"always": "missing", "first": "first", "never": "never"}[scheme]
         written, split = True, step.get("split", True)
     if not written:
         raise InputError("unsupported: a byte_fallback BPE that does not write spaces as ▁")
@@ -1361,15 +1361,15 @@ def stats(argv):
     options = parse_options(StatsOptions, argv, "tokenizer.py stats")
     tokenizer, files = Tokenizer.load(options.tokenizer), text_files(options.input)
     used, words = np.zeros(tokenizer.vocab_size, np.int64), collections.Counter()
-    totals = {"language": collections.defaultdict(collections.Counter)}
-    totals["source"] = collections.defaultdict(collections.Counter)
+    totals = {by: collections.defaultdict(collections.Counter) for by in ("language", "source")}
     for path, documents in read_batches(tqdm(files, "encoding", unit="file", disable=None)):
         texts = [text for text, _, _ in documents]
-        for ids, (text, lang, size) in zip(tokenizer.encode_batch(texts), documents):
+        encoded = tokenizer.encode_batch(texts)
+        used += np.bincount(np.concatenate(encoded), minlength=len(used))
+        for ids, (text, lang, size) in zip(encoded, documents):
             found = {"documents": 1, "tokens": len(ids), "bytes": size, "words": len(WORD.findall(text))}
             totals["language"][lang].update(found)
             totals["source"][path.name.split(".")[0]].update(found)
-            used += np.bincount(ids, minlength=len(used))
         if options.plot:
             words.update(itertools.chain.from_iterable(map(tokenizer.words, texts)))
     if not used.any():
