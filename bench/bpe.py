@@ -1,10 +1,10 @@
 """tokenizer.py beside tokenizers, rustbpe, tiktoken and minbpe: the same text, by turns, a new process each.
 
     python bench/bpe.py FOLDER [--megabytes 8] [--vocab-size 16384] [--rounds 3]     # .txt and .jsonl
-    python bench/bpe.py FOLDER --scaling                                  # how training grows with text and merges
+    python bench/bpe.py FOLDER --scaling                    # how training grows with text and merges
 
-A peer that is not installed is written as not measured. minbpe gets a part of the text, and of the merges, since it takes so long: its speed is flattered.
-Memory is a process's peak less what it had with the text read and its imports done.
+A peer that is not installed is written as not measured. minbpe gets a part of the text, and of the merges,
+since it takes so long: its speed is flattered. Memory is a process's peak less what it had before the work.
 """
 
 import argparse
@@ -168,12 +168,13 @@ def measure(job, arguments):
 
 
 def table(options, folder):
-    arguments = [options.folder, "--megabytes", str(options.megabytes), "--vocab-size", str(options.vocab_size),
-                 "--vocabulary", str(folder)]
+    arguments = [options.folder, "--megabytes", str(options.megabytes), "--vocabulary", str(folder),
+                 "--vocab-size", str(options.vocab_size)]
     found = {job: [] for job in JOBS}
     for _ in range(options.rounds):
         for job in JOBS:
             found[job].append(measure(job, arguments))
+            print(job, found[job][-1], file=sys.stderr)
     print("| | MB/s, best | median | to ours | MB of memory |\n|---|---|---|---|---|")
     for job, runs in found.items():
         if runs[0] is None:
@@ -202,7 +203,8 @@ def scaling(options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("folder")
     parser.add_argument("--megabytes", type=float, default=8)
     parser.add_argument("--vocab-size", type=int, default=16384)

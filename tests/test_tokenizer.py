@@ -183,7 +183,8 @@ def test_merges_out_of_order_are_left_to_the_heap():
     a, b, c = 1, 2, 3
     merges = {(a, 12): (0, 13), (b, c): (1, 12), (a, b): (2, 11)}  # (a, bc) comes before bc: as in Llama 2
     assert merge_table(merges) is None
-    assert merge_words([[a, b, c]] * 2000, merges, None) == [[13]] * 2000 == [encode_naive([a, b, c], merges)] * 2000
+    assert merge_words([[a, b, c]] * 2000, merges, None) == [[13]] * 2000
+    assert encode_naive([a, b, c], merges) == [13]
 
 
 @given(any_text | st.text("ab \n\r\t'sS17!<|>船，。é\u0301🚣"))
@@ -428,8 +429,8 @@ def byte_fallback_json(texts, **parts):
     model = oracle.models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     theirs = oracle.Tokenizer(model)
     theirs.pre_tokenizer = oracle.pre_tokenizers.Metaspace(split=True)
-    trainer = oracle.trainers.BpeTrainer(vocab_size=700, special_tokens=named + byte_tokens, show_progress=False)
-    theirs.train_from_iterator(texts, trainer)
+    options = {"vocab_size": 700, "special_tokens": named + byte_tokens, "show_progress": False}
+    theirs.train_from_iterator(texts, oracle.trainers.BpeTrainer(**options))
     data = json.loads(theirs.to_str())
     data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] in named]
     strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
@@ -455,14 +456,14 @@ def byte_fallback(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     data = json.dumps(byte_fallback_json(TEXTS, **SPACES[request.param]))
     (folder / "tokenizer.json").write_text(data)
-    return folder
+    return Tokenizer.load(folder), hf_load(folder)
 
 
 @given(any_text | st.text("ab \n▁船<s/>0xAé🚣"), st.lists(st.integers(0, 650)))
 @example(" a  b▁ <0x0A>", [])
 @settings(max_examples=150)
 def test_byte_fallback_equals_hugging_face(byte_fallback, text, ids):
-    ours, theirs = Tokenizer.load(byte_fallback), hf_load(byte_fallback)
+    ours, theirs = byte_fallback
     encoded = ours.encode(text)
     assert encoded == theirs.encode(text, add_special_tokens=False).ids
     for ids in (encoded, [id % ours.vocab_size for id in ids]):
@@ -481,23 +482,27 @@ def test_a_tokenizer_without_chat_tokens(folder, tmp_path):
 
 # In the words of Llama 2's, Mistral v0.3's and Llama 3's own.
 LLAMA2_CHAT = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'].strip() + ' [/INST]' }}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + m['content'].strip() + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 MISTRAL_CHAT = (
     "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}{% if m['role'] == 'user' %}"
-    "{{ '[INST] ' + m['content'] + '[/INST]' }}{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+    "{{ '[INST] ' + m['content'] + '[/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
 LLAMA3_CHAT = (
-    "{{ bos_token }}{%- for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' }}"
+    "{{ bos_token }}{%- for m in messages %}"
+    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' }}"
     "{% generation %}{{ m['content'] | trim + '<|eot_id|>' }}{% endgeneration %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
 )
 
 
 def as_llama3_chat(folder):
-    names = ["<s>", "</s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|reserved_special_token_0|>"]
+    names = ["<s>", "</s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    names.append("<|reserved_special_token_0|>")
     data = json.loads((folder / "tokenizer.json").read_bytes())
     for token, name in zip(data["added_tokens"], names):
         data["model"]["vocab"][name] = data["model"]["vocab"].pop(token["content"])
@@ -534,10 +539,11 @@ def test_foreign_chats_are_encoded_as_by_transformers(foreign_chat, contents, ge
     roles = ["user", "assistant"] * 2
     messages = [{"role": role, "content": content} for role, content in zip(roles, contents)]
     ids, trained = encode_chat(ours, messages, generation_prompt)
-    assert ids == theirs.apply_chat_template(messages, add_generation_prompt=generation_prompt, return_dict=False)
+    settings = {"add_generation_prompt": generation_prompt, "return_dict": False}
+    assert ids == theirs.apply_chat_template(messages, **settings)
     answers = ours.decode([id for id, answer in zip(ids, trained) if answer])
     end = ours.bytes_of[ours.im_end].decode()
-    assert [answer.strip() for answer in answers.split(end)[:-1]] == [content.strip() for content in contents[1::2]]
+    assert [text.strip() for text in answers.split(end)[:-1]] == [text.strip() for text in contents[1::2]]
 
 
 def test_a_foreign_chat_can_forge_no_token(foreign_chat):
@@ -551,7 +557,7 @@ def test_a_foreign_chat_can_forge_no_token(foreign_chat):
 
 
 @pytest.mark.parametrize("template, told", [
-    ("{{ messages[0]['content'] }}{% for m in messages[1:] %}{{ m['content'] }}\n{% endfor %}", "does not end an answer"),
+    ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "does not end an answer"),
     ("{{ raise_exception('no system') }}", "says: no system"),
     ("{{ 1 + 'a' }}", "fails .TypeError"),
     ("{% for %}", "fails .TemplateSyntaxError"),
@@ -567,7 +573,8 @@ def test_a_bad_template_is_one_line(tmp_path, template, told):
 
 UNSUPPORTED = {
     "WordPiece": lambda data: data["model"].update(type="WordPiece"),
-    "byte_fallback BPE": lambda data: data["model"].update(byte_fallback=True) or data.update(pre_tokenizer=None),
+    "byte_fallback BPE": lambda data: data.update(
+        pre_tokenizer=None, normalizer={"type": "NFC"}, model={**data["model"], "byte_fallback": True}),
     "end_of_word_suffix": lambda data: data["model"].update(end_of_word_suffix="</w>"),
     "normalizer 'Lowercase'": lambda data: data.update(normalizer={"type": "Lowercase"}),
     "pre_tokenizer \\['Whitespace'\\]": lambda data: data.update(pre_tokenizer={"type": "Whitespace"}),
@@ -589,7 +596,8 @@ UNSUPPORTED = {
 UNSUPPORTED_SPACES = {
     "normalizer of a byte_fallback BPE: .*NFKC": lambda data: data.update(normalizer={"type": "NFKC"}),
     "does not write spaces as ▁": lambda data: data.update(normalizer=None),
-    "pre_tokenizer of a byte_fallback BPE: .*Digits": lambda data: data.update(pre_tokenizer={"type": "Digits"}),
+    "pre_tokenizer of a byte_fallback BPE: .*Digits":
+        lambda data: data.update(pre_tokenizer={"type": "Digits"}),
     "decoder of a byte_fallback BPE: .'Metaspace'": lambda data: data.update(decoder={"type": "Metaspace"}),
     "byte_fallback with ignore_merges": lambda data: data["model"].update(ignore_merges=True),
     "byte_fallback .1 of 256 bytes": lambda data: data["model"]["vocab"].pop("<0x0A>"),
@@ -698,7 +706,8 @@ def test_stats_tell_languages_sources_and_use(corpus, capsys):
     chinese = [text for text in TEXTS[:8] if text in TEXTS[1::2]] * 2
     count = sum(len(tokenizer.encode(text)) for text in chinese)
     size = sum(len(text.encode()) for text in chinese)
-    assert table["zh"][:3] == ["8", f"{count}", f"{size / count:.2f}"] and {"en", "code", "web"} <= table.keys()
+    assert table["zh"][:3] == ["8", f"{count}", f"{size / count:.2f}"]
+    assert {"en", "code", "web"} <= table.keys()
     assert (corpus / "plot.png").read_bytes()[1:4] == b"PNG"
 
 
@@ -720,13 +729,13 @@ def test_processes_change_nothing(corpus):
     start, found = [sys.executable, "-c", small_limit], []
     for processes in "12":
         out, vocabulary = corpus / f"tokens{processes}", corpus / f"tok{processes}"
-        command = [*start, "train", "--input", corpus / "corpus" / "train", "--out", vocabulary, "--vocab-size",
-                   "450", "--processes", processes]  # fmt: skip
+        command = [*start, "train", "--input", corpus / "corpus" / "train", "--out", vocabulary,
+                   "--vocab-size", "450", "--processes", processes]  # fmt: skip
         subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
         command = [*start, "encode", "--tokenizer", vocabulary, "--input", corpus / "corpus", "--out", out,
                    "--processes", processes]  # fmt: skip
         subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
-        files = [path for path in sorted(out.rglob("*.*")) if path.name != "run.json"]  # that tells the seconds
+        files = [path for path in sorted(out.rglob("*.*")) if path.name != "run.json"]  # seconds differ
         found.append({path.relative_to(out): path.read_bytes() for path in files})
         found[-1]["vocabulary"] = (vocabulary / "tokenizer.json").read_bytes()
     assert found[0] == found[1] and len(found[0]) == 14
