@@ -4,7 +4,7 @@
     python bench/bpe.py FOLDER --scaling                    # how training grows with text and merges
 
 A peer that is not installed is written as not measured. minbpe gets a part of the text, and of the merges,
-since it takes so long: its speed is flattered. Memory is a process's peak less what it had before the work.
+since it takes so long: its speed is flattered. Memory is a process's peak.
 """
 
 import argparse
@@ -147,13 +147,13 @@ def run_job(options):
     result = work if options.job.startswith("train") else work(texts, options.vocab_size, options.vocabulary)
     if options.job.startswith("encode"):
         next(result)  # preparations
-    before, start = memory(), time.perf_counter()
+    start = time.perf_counter()
     if options.job.startswith("encode"):
         next(result, None)
     else:
         work(texts, options.vocab_size, options.vocabulary)
     spent = time.perf_counter() - start
-    print("\n" + json.dumps({"seconds": spent, "bytes": size, "megabytes": memory() - before}))
+    print("\n" + json.dumps({"seconds": spent, "bytes": size, "megabytes": memory()}))
 
 
 def measure(job, arguments):

@@ -510,7 +510,14 @@ def as_llama3_chat(folder):
     return data
 
 
+def as_first_published(data):
+    """Llama 2's <s> was `normalized` at first: no ▁ is added after it."""
+    data["added_tokens"][1]["normalized"] = True
+    return data
+
+
 CHATS = {
+    "llama2 at first": (LLAMA2_CHAT, lambda folder: as_first_published(byte_fallback_json(TEXTS, **LEGACY))),
     "llama2": (LLAMA2_CHAT, lambda folder: byte_fallback_json(TEXTS, **LEGACY)),
     "mistral": (MISTRAL_CHAT, lambda folder: byte_fallback_json(TEXTS, **SPACES["first"])),
     "llama3": (LLAMA3_CHAT, as_llama3_chat),
