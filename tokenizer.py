@@ -267,7 +267,8 @@ def merge_rounds(symbols, lengths, table):
     """Merge many words at once: in each round every word joins its lowest pair, wherever it has it.
 
     symbols (P,) int32: the words end to end; lengths (W,). Yields (numbers, lengths, symbols) of those
-    that are finished. (To join all pairs that are lower than their neighbours is not exact.)
+    that are finished. It takes a half to a seventh of the heap's time. (To join, in one round, all pairs
+    that are lower than their neighbours would be faster still, but is not exact.)
     """
     keys, ranks, made = table
 
@@ -591,7 +592,8 @@ def encode_chat(tokenizer, messages, generation_prompt=False):
     if tokenizer.chat_template is not None:
         return encode_foreign_chat(tokenizer, messages, generation_prompt)
     if tokenizer.im_start is None or tokenizer.im_end is None:
-        raise InputError(f"this tokenizer has no {IM_START} and {IM_END}, nor a chat_template of its own")
+        raise InputError(f"this tokenizer has no {IM_START} and {IM_END}, which chats are made of, and no "
+                         "chat_template: give its tokenizer_config.json one")  # fmt: skip
     ids, trained = [], []
 
     def add(tokens, is_trained=False):

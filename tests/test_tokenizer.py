@@ -461,7 +461,7 @@ def byte_fallback(request, tmp_path_factory):
 
 @given(any_text | st.text("ab \n▁船<s/>0xAé🚣"), st.lists(st.integers(0, 650)))
 @example(" a  b▁ <0x0A>", [])
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_byte_fallback_equals_hugging_face(byte_fallback, text, ids):
     ours, theirs = byte_fallback
     encoded = ours.encode(text)
@@ -540,7 +540,7 @@ def foreign_chat(request, folder, tmp_path_factory):
 
 @given(st.lists(chat_text | any_text, min_size=1, max_size=4), st.booleans())
 @example([" a ", " b ", "", ""], True)
-@settings(max_examples=100)
+@settings(max_examples=50)
 def test_foreign_chats_are_encoded_as_by_transformers(foreign_chat, contents, generation_prompt):
     ours, theirs = foreign_chat
     roles = ["user", "assistant"] * 2
