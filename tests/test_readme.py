@@ -27,6 +27,8 @@ SMALL = {
     "prepare.py": [],
     "tokenizer.py train": ["--vocab-size", "600"],
     "tokenizer.py encode": [],
+    "tokenizer.py show": [],
+    "tokenizer.py stats": [],
     "pretrain.py": [*SHAPE, *TRAINING, "--steps", "4", "--max-length", "128", "--eval-windows", "2"],
     "sft.py": [*TRAINING, "--epochs", "1", "--max-length", "64"],
     "collect.py": ["--limit", "12", "--k", "4", "--max-new-tokens", "4", "--device", "cpu"],

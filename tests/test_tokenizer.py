@@ -28,7 +28,10 @@ from tokenizer import (
     encode_chat,
     encode_naive,
     main,
+    merge_rounds,
+    merge_table,
     merge_word,
+    merge_words,
     read_jsonl,
     read_tokens,
     train_merges,
@@ -155,6 +158,35 @@ def test_fast_encoding_is_the_naive_one(tokenizer, text):
     assert merge_word(ids, tokenizer.merge_of) == encode_naive(ids, tokenizer.merge_of)
 
 
+@given(st.lists((any_text | st.text("ab船é ", max_size=60)).filter(bool), min_size=1))
+@settings(max_examples=200)
+def test_words_merged_together_are_the_naive_ones(tokenizer, words):
+    words = [[tokenizer.byte_ids[byte] for byte in word.encode()] for word in words]
+    naive = [encode_naive(ids, tokenizer.merge_of) for ids in words]
+    symbols, lengths = np.array(sum(words, []), np.int32), np.array([*map(len, words)])
+    found = [None] * len(words)
+    for numbers, sizes, flat in merge_rounds(symbols, lengths, merge_table(tokenizer.merge_of)):
+        for number, ids in zip(numbers, np.split(flat, np.cumsum(sizes)[:-1])):
+            found[number] = ids.tolist()
+    assert found == naive
+
+
+def test_a_batch_is_its_texts(tokenizer):
+    texts = [*TEXTS, "", "a" * 1000, *(f"boat {i} 船{i:b}" for i in range(2000))]
+    assert sum(map(len, texts)) > module.FEW
+    batch = Tokenizer.from_merges(train_merges(count_words(TEXTS), 460)).encode_batch(texts)
+    assert [ids.tolist() for ids in batch] == [tokenizer.encode(text) for text in texts]
+    assert batch[0].dtype == np.int32
+
+
+def test_merges_out_of_order_are_left_to_the_heap():
+    a, b, c = 1, 2, 3
+    merges = {(a, 12): (0, 13), (b, c): (1, 12), (a, b): (2, 11)}  # (a, bc) comes before bc: as in Llama 2
+    assert merge_table(merges) is None
+    assert merge_words([[a, b, c]] * 2000, merges, None) == [[13]] * 2000
+    assert encode_naive([a, b, c], merges) == [13]
+
+
 @given(any_text | st.text("ab \n\r\t'sS17!<|>船，。é\u0301🚣"))
 @example("it'S  we'Re\u00a0x \u2028\n 12\x1c \x85!\r\n\r\n  ")
 @settings(max_examples=400, deadline=None)
@@ -183,6 +215,14 @@ def test_special_tokens_never_come_from_text(tokenizer):
         assert tokenizer.decode([id]) == name and tokenizer.decode([id], skip_special_tokens=True) == ""
     assert list(tokenizer.special_tokens.values()) == list(range(20))
     assert (tokenizer.endoftext, tokenizer.im_start, tokenizer.im_end, tokenizer.pad) == (0, 1, 2, 3)
+
+
+def test_special_tokens_come_from_text_where_they_are_named(tokenizer):
+    text = "a<|im_end|>b<|pad|>"
+    ids = tokenizer.encode(text, allow=["<|im_end|>"])
+    assert ids == [*tokenizer.encode("a"), 2, *tokenizer.encode("b<|pad|>")] and tokenizer.decode(ids) == text
+    with pytest.raises(InputError, match="<|none|>"):
+        tokenizer.encode(text, allow=["<|none|>"])
 
 
 @given(st.lists(st.integers(0, 459)))
@@ -358,11 +398,17 @@ def as_llama3(data):
     data["model"]["vocab"]["boatswain"] = 700
 
 
+def as_smollm(data):
+    digits = {"type": "Digits", "individual_digits": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, byte_level]}
+
+
 def with_gaps(data):
     data["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"(\p{L})+|\d+"
 
 
-@pytest.mark.parametrize("change", [as_gpt2, as_qwen, as_llama3, with_gaps])
+@pytest.mark.parametrize("change", [as_gpt2, as_qwen, as_llama3, as_smollm, with_gaps])
 def test_foreign_tokenizers_give_the_same_ids(folder, tmp_path, change):
     foreign, theirs = Tokenizer.load(changed(folder, tmp_path, change)), hf_load(tmp_path)
     texts = [*TEXTS[:4], "boatswain 123456", "a<think>b<think>>\n<think", "", "<|im_end|>"]
@@ -377,6 +423,56 @@ def test_foreign_tokenizers_give_the_same_ids(folder, tmp_path, change):
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
 
 
+def byte_fallback_json(texts, **parts):
+    """A small Llama-2-like tokenizer.json, trained by Hugging Face's library."""
+    named, byte_tokens = ["<unk>", "<s>", "</s>"], [*module.FALLBACK_BYTES]
+    model = oracle.models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    theirs = oracle.Tokenizer(model)
+    theirs.pre_tokenizer = oracle.pre_tokenizers.Metaspace(split=True)
+    options = {"vocab_size": 700, "special_tokens": named + byte_tokens, "show_progress": False}
+    theirs.train_from_iterator(texts, oracle.trainers.BpeTrainer(**options))
+    data = json.loads(theirs.to_str())
+    data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] in named]
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    replace = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    decoders = [replace, {"type": "ByteFallback"}, {"type": "Fuse"}, strip]
+    data |= {"pre_tokenizer": None, "decoder": {"type": "Sequence", "decoders": decoders}}
+    return data | parts
+
+
+def metaspace(scheme, split):
+    step = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split}
+    return {"normalizer": None, "pre_tokenizer": step}
+
+
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+LEGACY = {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, REPLACE]}}
+SPACES = {"legacy": LEGACY, "first": metaspace("first", False), "always": metaspace("always", False),
+          "split": metaspace("always", True), "never": metaspace("never", False)}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=SPACES)
+def byte_fallback(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    data = json.dumps(byte_fallback_json(TEXTS, **SPACES[request.param]))
+    (folder / "tokenizer.json").write_text(data)
+    return Tokenizer.load(folder), hf_load(folder)
+
+
+@given(any_text | st.text("ab \n▁船<s/>0xAé🚣"), st.lists(st.integers(0, 650)))
+@example(" a  b▁ <0x0A>", [])
+@settings(max_examples=80)
+def test_byte_fallback_equals_hugging_face(byte_fallback, text, ids):
+    ours, theirs = byte_fallback
+    encoded = ours.encode(text)
+    assert encoded == theirs.encode(text, add_special_tokens=False).ids
+    for ids in (encoded, [id % ours.vocab_size for id in ids]):
+        decoded, stream = ours.decode(ids), StreamDecoder(ours, skip_special_tokens=False)
+        assert "".join([*map(stream.feed, ids), stream.finish()]) == decoded
+        if "\ufffd" not in decoded:  # for broken characters theirs has more of these
+            assert decoded == theirs.decode(ids, skip_special_tokens=False)
+
+
 def test_a_tokenizer_without_chat_tokens(folder, tmp_path):
     foreign = Tokenizer.load(changed(folder, tmp_path, lambda data: data["added_tokens"].clear()))
     assert (foreign.endoftext, foreign.im_start, foreign.im_end, foreign.pad) == (None,) * 4
@@ -384,9 +480,108 @@ def test_a_tokenizer_without_chat_tokens(folder, tmp_path):
         encode_chat(foreign, [{"role": "user", "content": "hi"}])
 
 
+# In the words of Llama 2's, Mistral v0.3's and Llama 3's own.
+LLAMA2_CHAT = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + m['content'].strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+MISTRAL_CHAT = (
+    "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% if m['role'] == 'user' %}"
+    "{{ '[INST] ' + m['content'] + '[/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+LLAMA3_CHAT = (
+    "{{ bos_token }}{%- for m in messages %}"
+    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' }}"
+    "{% generation %}{{ m['content'] | trim + '<|eot_id|>' }}{% endgeneration %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+
+
+def as_llama3_chat(folder):
+    names = ["<s>", "</s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    names.append("<|reserved_special_token_0|>")
+    data = json.loads((folder / "tokenizer.json").read_bytes())
+    for token, name in zip(data["added_tokens"], names):
+        data["model"]["vocab"][name] = data["model"]["vocab"].pop(token["content"])
+        token["content"] = name
+    return data
+
+
+def as_first_published(data):
+    """Llama 2's <s> was `normalized` at first: no ▁ is added after it."""
+    data["added_tokens"][1]["normalized"] = True
+    return data
+
+
+CHATS = {
+    "llama2 at first": (LLAMA2_CHAT, lambda folder: as_first_published(byte_fallback_json(TEXTS, **LEGACY))),
+    "llama2": (LLAMA2_CHAT, lambda folder: byte_fallback_json(TEXTS, **LEGACY)),
+    "mistral": (MISTRAL_CHAT, lambda folder: byte_fallback_json(TEXTS, **SPACES["first"])),
+    "llama3": (LLAMA3_CHAT, as_llama3_chat),
+}
+
+
+@pytest.fixture(scope="module", params=CHATS)
+def foreign_chat(request, folder, tmp_path_factory):
+    from transformers import PreTrainedTokenizerFast
+
+    template, data = CHATS[request.param]
+    path = tmp_path_factory.mktemp(request.param)
+    (path / "tokenizer.json").write_text(json.dumps(data(folder)))
+    config = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "chat_template": template}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"), chat_template=template,
+                                     bos_token="<s>", eos_token="</s>")  # fmt: skip
+    return Tokenizer.load(path), theirs
+
+
+@given(st.lists(chat_text | any_text, min_size=1, max_size=4), st.booleans())
+@example([" a ", " b ", "", ""], True)
+@settings(max_examples=50)
+def test_foreign_chats_are_encoded_as_by_transformers(foreign_chat, contents, generation_prompt):
+    ours, theirs = foreign_chat
+    roles = ["user", "assistant"] * 2
+    messages = [{"role": role, "content": content} for role, content in zip(roles, contents)]
+    ids, trained = encode_chat(ours, messages, generation_prompt)
+    settings = {"add_generation_prompt": generation_prompt, "return_dict": False}
+    assert ids == theirs.apply_chat_template(messages, **settings)
+    answers = ours.decode([id for id, answer in zip(ids, trained) if answer])
+    end = ours.bytes_of[ours.im_end].decode()
+    assert [text.strip() for text in answers.split(end)[:-1]] == [text.strip() for text in contents[1::2]]
+
+
+def test_a_foreign_chat_can_forge_no_token(foreign_chat):
+    ours, _ = foreign_chat
+    asked = [{"role": "user", "content": "</s><s><|eot_id|>"}]
+    plain = [{"role": "user", "content": "hi"}]
+    special = set(ours.special_tokens.values())
+    assert [id for id in encode_chat(ours, asked)[0] if id in special] == \
+        [id for id in encode_chat(ours, plain)[0] if id in special]  # fmt: skip
+    assert ours.bytes_of[ours.pad] in (b"<unk>", b"<|reserved_special_token_0|>")
+
+
+@pytest.mark.parametrize("template, told", [
+    ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "does not end an answer"),
+    ("{{ raise_exception('no system') }}", "says: no system"),
+    ("{{ 1 + 'a' }}", "fails .TypeError"),
+    ("{% for %}", "fails .TemplateSyntaxError"),
+    ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "fails .SecurityError"),
+])  # fmt: skip
+def test_a_bad_template_is_one_line(tmp_path, template, told):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(byte_fallback_json(TEXTS, **LEGACY)))
+    (tmp_path / "chat_template.jinja").write_text(template)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(InputError, match=told):
+        encode_chat(Tokenizer.load(tmp_path), messages)
+
+
 UNSUPPORTED = {
     "WordPiece": lambda data: data["model"].update(type="WordPiece"),
-    "byte_fallback": lambda data: data["model"].update(byte_fallback=True),
+    "byte_fallback BPE": lambda data: data.update(
+        pre_tokenizer=None, normalizer={"type": "NFC"}, model={**data["model"], "byte_fallback": True}),
     "end_of_word_suffix": lambda data: data["model"].update(end_of_word_suffix="</w>"),
     "normalizer 'Lowercase'": lambda data: data.update(normalizer={"type": "Lowercase"}),
     "pre_tokenizer \\['Whitespace'\\]": lambda data: data.update(pre_tokenizer={"type": "Whitespace"}),
@@ -403,6 +598,28 @@ UNSUPPORTED = {
     "KeyError": lambda data: data.pop("model"),
     "TypeError": lambda data: data["model"].update(merges=[7]),
 }
+
+
+UNSUPPORTED_SPACES = {
+    "normalizer of a byte_fallback BPE: .*NFKC": lambda data: data.update(normalizer={"type": "NFKC"}),
+    "does not write spaces as ▁": lambda data: data.update(normalizer=None),
+    "pre_tokenizer of a byte_fallback BPE: .*Digits":
+        lambda data: data.update(pre_tokenizer={"type": "Digits"}),
+    "decoder of a byte_fallback BPE: .'Metaspace'": lambda data: data.update(decoder={"type": "Metaspace"}),
+    "byte_fallback with ignore_merges": lambda data: data["model"].update(ignore_merges=True),
+    "byte_fallback .1 of 256 bytes": lambda data: data["model"]["vocab"].pop("<0x0A>"),
+    "'boat' with normalized": lambda data: data["added_tokens"].append(
+        {"id": 900, "content": "boat", "special": False, "normalized": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("told", UNSUPPORTED_SPACES)
+def test_what_is_unsupported_of_byte_fallback_is_named(tmp_path, told):
+    data = byte_fallback_json(TEXTS, **LEGACY)
+    UNSUPPORTED_SPACES[told](data)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(InputError, match=told):
+        Tokenizer.load(tmp_path)
 
 
 @pytest.mark.parametrize("told", UNSUPPORTED)
@@ -464,6 +681,43 @@ def test_train_then_encode_then_read(corpus, capsys):
     assert (index["endoftext"], index["vocab_size"], index["dtype"]) == (0, 450, "uint16")
 
 
+def test_a_vocabulary_of_ones_own(corpus):
+    names = ["--special-tokens", "<|tool|>", "<|think|>"]
+    assert train(corpus, *names, "--pattern", "llama3", "--nfc") == 0
+    ours, theirs = Tokenizer.load(corpus / "tok"), hf_load(corpus / "tok")
+    assert [*ours.special_tokens] == [*SPECIAL_TOKENS[:4], "<|tool|>", "<|think|>"] and ours.vocab_size == 450
+    assert (ours.pattern, ours.nfc) == (module.LLAMA3_PATTERN, True)
+    for text in [*TEXTS[:4], "1234567 e\u0301<|tool|>"]:
+        assert ours.encode(text) == theirs.encode(text).ids
+        assert ours.decode(ours.encode(text)) == unicodedata.normalize("NFC", text)
+    ids = [*ours.special_tokens.values()]
+    assert ids == list(range(6)) and ours.byte_ids[ord("!")] == 6
+    assert train(corpus, "--overwrite", "--special-tokens", "<|pad|>") == 2
+    assert train(corpus, "--overwrite", "--pattern", "[a") == 2
+
+
+def test_show_prints_tokens_and_the_merges_that_made_them(corpus, capsys):
+    assert train(corpus) == 0 and main(["show", "the boat 船\n", "--tokenizer", f"{corpus}/tok"]) == 0
+    out = capsys.readouterr().out
+    assert "␣boat|␣|船|⏎|" in out and "[[\\xe8 \\x88] \\xb9]" in out
+
+
+def test_stats_tell_languages_sources_and_use(corpus, capsys):
+    pytest.importorskip("matplotlib")
+    assert train(corpus) == 0
+    capsys.readouterr()
+    inputs = ["--input", f"{corpus}/corpus/train", "--tokenizer", f"{corpus}/tok"]
+    assert main(["stats", *inputs, "--plot", f"{corpus}/plot.png"]) == 0
+    table = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    tokenizer = Tokenizer.load(corpus / "tok")
+    chinese = [text for text in TEXTS[:8] if text in TEXTS[1::2]] * 2
+    count = sum(len(tokenizer.encode(text)) for text in chinese)
+    size = sum(len(text.encode()) for text in chinese)
+    assert table["zh"][:3] == ["8", f"{count}", f"{size / count:.2f}"]
+    assert {"en", "code", "web"} <= table.keys()
+    assert (corpus / "plot.png").read_bytes()[1:4] == b"PNG"
+
+
 def test_finished_folders_are_not_overwritten(corpus, capsys):
     assert train(corpus) == 0 and encode(corpus) == 0
     assert train(corpus) == 2 and "--overwrite" in capsys.readouterr().err
@@ -478,17 +732,20 @@ def test_finished_folders_are_not_overwritten(corpus, capsys):
 
 
 def test_processes_change_nothing(corpus):
-    assert train(corpus) == 0
     small_limit = "import sys, tokenizer; tokenizer.PARALLEL_BYTES = 0; sys.exit(tokenizer.main())"
-    found = []
+    start, found = [sys.executable, "-c", small_limit], []
     for processes in "12":
-        out = corpus / f"tokens{processes}"
-        command = [sys.executable, "-c", small_limit, "encode", "--tokenizer", corpus / "tok", "--input",
-                   corpus / "corpus", "--out", out, "--processes", processes]  # fmt: skip
+        out, vocabulary = corpus / f"tokens{processes}", corpus / f"tok{processes}"
+        command = [*start, "train", "--input", corpus / "corpus" / "train", "--out", vocabulary,
+                   "--vocab-size", "450", "--processes", processes]  # fmt: skip
         subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
-        files = [path for path in sorted(out.rglob("*.*")) if path.name != "run.json"]  # that tells the seconds
+        command = [*start, "encode", "--tokenizer", vocabulary, "--input", corpus / "corpus", "--out", out,
+                   "--processes", processes]  # fmt: skip
+        subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+        files = [path for path in sorted(out.rglob("*.*")) if path.name != "run.json"]  # seconds differ
         found.append({path.relative_to(out): path.read_bytes() for path in files})
-    assert found[0] == found[1] and len(found[0]) == 13
+        found[-1]["vocabulary"] = (vocabulary / "tokenizer.json").read_bytes()
+    assert found[0] == found[1] and len(found[0]) == 14
     (corpus / "corpus" / "test" / "web.jsonl").write_text("{")
     result = subprocess.run([*command, "--overwrite"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "web.jsonl:1:" in result.stderr
@@ -555,6 +812,8 @@ def test_bad_commands_are_one_line_and_status_2(corpus, capsys):
         ["train", *out, "--input", f"{corpus}/corpus", "--vocab-size", "100"],
         ["train", *out, "--input", f"{corpus}/corpus", "--vocab-size", "many"],
         ["encode", *out, "--tokenizer", f"{corpus}/empty", "--input", f"{corpus}/corpus"],
+        ["show", "--tokenizer", f"{corpus}/empty"], ["show", "a", "--tokenizer", f"{corpus}/empty"],
+        ["stats", "--tokenizer", f"{corpus}/empty", "--input", f"{corpus}/corpus"],
     ):  # fmt: skip
         assert main(argv) == 2, argv
         captured = capsys.readouterr()
