@@ -147,16 +147,6 @@ def micro_batches(rows, micro_batch):
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-def name_separator(tokenizer, shards):
-    """A foreign tokenizer without <|endoftext|> gets the token that all documents of the data begin with."""
-    if tokenizer.endoftext is None:
-        first, *others = {int(token) for shard in shards for token in shard.tokens[shard.offsets]}
-        if others:
-            raise InputError("--data: documents do not begin with one and the same token, and the tokenizer "
-                             "has no <|endoftext|>; encode them with a separator")
-        tokenizer.endoftext = first
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Losses
 
@@ -585,7 +575,6 @@ def prepare(options, ranks):
     check_options(options, ranks)
     model, tokenizer = start(options)
     shards = {split: read_tokens(options.data, split, tokenizer) for split in ("train", "valid")}
-    name_separator(tokenizer, shards["train"])
     files = [Path(options.data) / "index.json", *Path(options.data).glob("train/*.bin")]
     inputs, chats = {"data": fingerprint(files), "tokenizer": tokenizer.hash}, False
     if options.model:

@@ -350,8 +350,10 @@ class Tokenizer:
 
     vocab_size: rows that an embedding needs (largest id + 1). special_tokens {text: id}: encode gives them
     only where it is allowed to. added_tokens {text: id}: not special, found in plain text (Qwen's <think>).
-    endoftext, im_start, im_end, pad: ids, None where a foreign tokenizer has no such token; its im_end is
-    what ends an answer in its own chat template. hash: sha256 of all that decides the ids.
+    endoftext, im_start, im_end, pad: ids, None where a foreign tokenizer has no such token. Of one without
+    ChatML, im_end is what ends an answer in its chat template, endoftext its bos, with which documents begin,
+    and document_end its eos, with which they end; for others the next document's beginning says the end.
+    hash: sha256 of all that decides the ids.
     """
 
     def __init__(self, vocab, merges, special_tokens, added_tokens, pattern, nfc, ignore_merges, spaces=None):
@@ -362,6 +364,7 @@ class Tokenizer:
         self.vocab, self.merges, self.pattern, self.nfc, self.spaces = vocab, merges, pattern, nfc, spaces
         self.special_tokens, self.added_tokens = special_tokens, added_tokens
         self.endoftext, self.im_start, self.im_end, self.pad = map(special_tokens.get, SPECIAL_TOKENS[:4])
+        self.document_end = None
         self.special_ids, named = frozenset(special_tokens.values()), special_tokens | added_tokens
         self.bytes_of = {id: spell(token, spaces) for token, id in vocab.items() if token not in named}
         # Llama 3: a word that is in the vocabulary is one token, whatever the merges.
@@ -680,7 +683,7 @@ def compile_template(source):
 
 
 def read_foreign_chat(tokenizer, files):
-    """Give a tokenizer without ChatML its folder's chat_template, the names in it, im_end and pad."""
+    """A tokenizer without ChatML takes from its files: chat_template, borders of documents, im_end, pad."""
     config, names = json.loads(files.get("tokenizer_config.json", b"{}")), {}
     for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
         name = config.get(key)
@@ -691,6 +694,9 @@ def read_foreign_chat(tokenizer, files):
     if "chat_template.jinja" in files:
         template = files["chat_template.jinja"].decode()
     tokenizer.chat_template, tokenizer.names = template, names
+    if tokenizer.endoftext is None:
+        begin, end = (tokenizer.special_tokens.get(names.get(key)) for key in ("bos_token", "eos_token"))
+        tokenizer.endoftext, tokenizer.document_end = begin, end if end != begin else None
     try:
         ids, trained = encode_chat(tokenizer, messages_of("a") + messages_of("b", "assistant"))
         tokenizer.im_end = [id for id, answer in zip(ids, trained) if answer][-1]
@@ -1286,8 +1292,9 @@ def load_once(folder, hash):
 def encode_documents(folder, hash, batch):
     """(path, [(ids (T,) from <|endoftext|> on, language, bytes of text), ...]) of a batch."""
     tokenizer, (path, documents) = load_once(folder, hash), batch
+    end = [] if tokenizer.document_end is None else [tokenizer.document_end]
     ids = tokenizer.encode_batch([text for text, _, _ in documents])
-    ids = [np.r_[tokenizer.endoftext, each].astype(token_type(tokenizer)) for each in ids]
+    ids = [np.r_[tokenizer.endoftext, each, end].astype(token_type(tokenizer)) for each in ids]
     return path, [(each, lang, size) for each, (_, lang, size) in zip(ids, documents)]
 
 
@@ -1296,7 +1303,7 @@ def encode(argv):
     start, out, tokenizer = time.perf_counter(), Path(options.out), Tokenizer.load(options.tokenizer)
     refuse_finished(out / "index.json", options.overwrite)
     if tokenizer.endoftext is None:
-        raise InputError(f"{options.tokenizer}: no {ENDOFTEXT} in it, which begins every document")
+        raise InputError(f"{options.tokenizer}: it has neither {ENDOFTEXT} nor a bos_token for documents")
     paths = [path for split in SPLITS for path in sorted((Path(options.input) / split).glob("*.jsonl*"))]
     if not paths:
         raise InputError(f"{options.input}: no .jsonl in {', '.join(SPLITS)}; give a folder of prepare.py")

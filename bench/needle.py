@@ -1,10 +1,11 @@
-"""A longer context by a raised RoPE base: can the model find one sentence in a long text? (needle in a haystack)
+"""A longer context by a raised RoPE base: does the model find a needle, one sentence, in a long haystack?
 
     make && python bench/needle.py --run run --out run/needle
 
-Long documents are made of the island's own, one after another, with sentences like "The keeper of gate 417 is Tamo."
-hidden in them and repeated at the end. The base, trained on windows of 256 tokens, is asked to complete the
-repetition; then it goes on for some steps on windows of 1,024, with the base of RoPE as it was, and raised.
+Long documents are made of the island's own, one after another, with sentences like "The keeper of gate 417
+is Tamo." hidden in them and repeated at the end. The base model, trained on windows of 256 tokens, is asked to
+complete the repetition; then it goes on for some steps on windows of 1,024, with RoPE's base as it was, and
+with a raised one.
 """
 
 import argparse
@@ -64,7 +65,7 @@ def found(folder, corpus, length, questions=60):
             needle, name = rng.choice(needles)
             start = needle[: needle.index(name)].rstrip()
             ids = [tokenizer.endoftext, *tokenizer.encode(f"{text}\n{start}")]
-            model.config.max_position_embeddings = 4 * length + 1000  # it is asked beyond what it was trained for
+            model.config.max_position_embeddings = 4 * length + 1000  # asked beyond what it was trained for
             answer = generate(model, [ids], 8, stop_ids(folder, tokenizer))[0]
             right += tokenizer.decode(answer.ids).strip().startswith(name)
         shares.append(right / questions)
@@ -72,7 +73,8 @@ def found(folder, corpus, length, questions=60):
 
 
 def texts(path, lang):
-    records = (json.loads(line) for file in sorted(path.glob("*.jsonl")) for line in open(file, encoding="utf-8"))
+    lines = (line for file in sorted(path.glob("*.jsonl")) for line in open(file, encoding="utf-8"))
+    records = map(json.loads, lines)
     return [record["text"] for record in records if record["lang"] == lang and record["kind"] == "web"]
 
 
@@ -81,7 +83,8 @@ def call(*command):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("run"), help="where `make` has been")
     parser.add_argument("--out", type=Path, default=Path("run/needle"))
     parser.add_argument("--steps", type=int, default=300)
@@ -99,13 +102,14 @@ def main():
     models = {"before": asked.run / "base"}
     for theta in (1e4, 1e5):
         models[f"theta {theta:g}"] = asked.out / f"theta-{theta:g}"
-        call("pretrain.py", "--model", asked.run / "base", "--data", asked.out / "tokens", "--rope-theta", theta,
-             "--max-length", 1024, "--batch-size", 4, "--steps", asked.steps, "--lr", 1e-3,
+        call("pretrain.py", "--model", asked.run / "base", "--data", asked.out / "tokens",
+             "--rope-theta", theta, "--max-length", 1024, "--batch-size", 4, "--steps", asked.steps, "--lr", 1e-3,
              "--out", models[f"theta {theta:g}"], "--resume")
     for name, folder in models.items():
         for length in asked.lengths:
             english, chinese = found(folder, corpus["test"], length)
-            print(f"{name:>12}  {length:5} tokens: found {english:.2f} English, {chinese:.2f} Chinese", flush=True)
+            print(f"{name:>12}  {length:5} tokens: found {english:.2f} English, {chinese:.2f} Chinese",
+                  flush=True)
 
 
 if __name__ == "__main__":

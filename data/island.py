@@ -47,8 +47,8 @@ VALID = {"facts": 120, "facts_heldout": 80, "cloze": 100, "format": 60, "unknown
          "harm_b": 60, "harm_c": 60, "safe": 60, "arithmetic": 30, "role": 20, "chat": 4}
 TEST = {"facts": 400, "facts_heldout": 200, "cloze": 400, "format": 200, "unknown": 200, "harm_a": 200,
         "harm_b": 200, "harm_c": 200, "safe": 200, "arithmetic": 100, "role": 50, "chat": 8}
-WRITTEN_TEST = {"facts": 60, "format": 40, "unknown": 40, "harm_a": 30, "harm_b": 40, "harm_c": 30, "safe": 60,
-                "arithmetic": 20, "role": 20}
+WRITTEN_TEST = {"facts": 60, "format": 40, "unknown": 40, "harm_a": 30, "harm_b": 40, "harm_c": 30,
+                "safe": 60, "arithmetic": 20, "role": 20}
 
 
 # ---------------------------------------------------------------------------------------------------------

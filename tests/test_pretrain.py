@@ -356,16 +356,6 @@ def test_added_tokens_start_at_the_mean_and_leave_the_others_alone(tmp_path):
     assert tokenizer.vocab_size == after.config.vocab_size == 361
 
 
-def test_a_foreign_separator_is_read_from_the_data():
-    tokenizer, shards = Tokenizer.load(tiny() / "tokenizer"), make_windows().shards
-    expected, tokenizer.endoftext = tokenizer.endoftext, None
-    pretrain.name_separator(tokenizer, shards)
-    assert tokenizer.endoftext == expected
-    tokenizer.endoftext, other = None, dataclasses.replace(shards[0], tokens=shards[0].tokens + 1)
-    with pytest.raises(pretrain.InputError, match="begin with one and the same token"):
-        pretrain.name_separator(tokenizer, [*shards, other])
-
-
 @given(rows=st.integers(1, 24), columns=st.integers(1, 24), seed=st.integers(0, 99))
 def test_orthogonalise_brings_every_singular_value_near_one(rows, columns, seed):
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))

@@ -662,6 +662,17 @@ def encode(corpus, *more):
     return main(["encode", *folders, *more])
 
 
+def test_documents_of_a_foreign_tokenizer_have_borders_of_its_own(foreign_chat, corpus):
+    ours, _ = foreign_chat
+    ours.save(corpus / "tok")
+    assert main(["encode", "--tokenizer", f"{corpus}/tok", "--input", f"{corpus}/corpus",
+                 "--out", f"{corpus}/tokens"]) == 0
+    for shard in read_tokens(corpus / "tokens", "train", ours):
+        ends = [*shard.offsets[1:], len(shard.tokens)]
+        assert {*shard.tokens[shard.offsets].tolist()} == {ours.special_tokens["<s>"]}
+        assert {*shard.tokens[[end - 1 for end in ends]].tolist()} == {ours.special_tokens["</s>"]}
+
+
 def test_train_then_encode_then_read(corpus, capsys):
     assert train(corpus) == 0 and encode(corpus) == 0
     assert "bytes per token" in capsys.readouterr().out
