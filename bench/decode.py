@@ -64,8 +64,9 @@ def compare_speed(size, B, run):
             taken[name].append(spent)
     same = sum(a == b for a, b in zip(texts["ours"], texts["transformers"]))
     rate = {name: B * NEW / statistics.median(spent[1:]) for name, spent in taken.items()}
-    print(f"{size:>5} B {B:<3} ours {rate['ours']:8,.0f} tokens/s, "
-          f"transformers {rate['transformers']:8,.0f}: {rate['ours'] / rate['transformers']:.2f} times; {same} of {B} texts the same", flush=True)
+    ratio = rate["ours"] / rate["transformers"]
+    print(f"{size:>5} B {B:<3} ours {rate['ours']:8,.0f} tokens/s, transformers {rate['transformers']:8,.0f}: "
+          f"{ratio:.2f} times; {same} of {B} texts the same", flush=True)
 
 
 def peak_memory(name, size, folder):
