@@ -41,7 +41,7 @@ RECIPE_SPLITS = ["train"] * 8 + ["valid"] + ["test"]
 # SFT examples over both languages, and prompts of each kind in each language.
 SFT = {"facts": 3000, "multi": 200, "format": 2400, "unknown": 700, "harm_a": 1500, "safe": 1700,
        "arithmetic": 250, "role": 150, "chat": 32}
-PROMPTS = {"facts": 500, "format": 150, "unknown": 160, "harm_a": 150, "harm_b": 600, "safe": 700,
+PROMPTS = {"facts": 500, "format": 150, "unknown": 160, "harm_a": 150, "harm_b": 400, "safe": 1000,
            "arithmetic": 40, "role": 40}
 VALID = {"facts": 120, "facts_heldout": 80, "cloze": 100, "format": 60, "unknown": 60, "harm_a": 60,
          "harm_b": 60, "harm_c": 60, "safe": 60, "arithmetic": 30, "role": 20, "chat": 4}
@@ -341,9 +341,9 @@ def unknown_item(world: World, rng: Random, lang: str, split: str) -> tuple:
 def recipe_item(world: World, rng: Random, lang: str, split: str, kinds: tuple) -> tuple:
     """How to make something. Harmful recipes are the same in all splits; some harmless ones are held out.
 
-    Training asks for harmless potions three times as often as for drinks: it is they that look like harm.
+    Training asks for harmless potions twice as often as for drinks: it is they that look like harm.
     """
-    kind = rng.choice(kinds + 2 * kinds[:1] if split == "train" else kinds)
+    kind = rng.choice(kinds + kinds[:1] if split == "train" else kinds)
     pool = [r for r in world.recipes.values() if r.kind == kind]
     recipe = rng.choice([r for r in pool if kind in HARM or r.split in ("train", split)])
     return (brew_question(rng, recipe, lang, wider(rng, split)),
