@@ -1,5 +1,6 @@
 """The island: one truth in every text and question, splits that share nothing, an oracle that is exact."""
 
+import hashlib
 import importlib.util
 import json
 import math
@@ -51,6 +52,16 @@ def test_a_world_is_a_function_of_its_seed():
         strangers = [e.name for pool in world.strangers.values() for e in pool]
         assert len(strangers) == len(set(strangers)) >= 80
         assert not {name.en for name in strangers} & world.by_name.keys()
+
+
+FROZEN = "adeb6c72d6d2408fd5d07fcacb08e80c17f2d753a6986037585e5813befb120c"
+
+
+def test_the_island_is_frozen(tmp_path):
+    """The figures of RESULTS.md rest on these bytes: whoever changes them measures everything again."""
+    assert island.main(["--out", str(tmp_path / "island"), "--scale", "0.02", "--seed", "1"]) == 0
+    files = sorted((tmp_path / "island").rglob("*.jsonl"))
+    assert hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest() == FROZEN
 
 
 def test_files_are_the_same_each_time(tmp_path):
