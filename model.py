@@ -1564,6 +1564,7 @@ def choose_compile(options, ranks, run, model, one_step, steps):
     """Compile the model in place where --compile says so, or where it repays itself.
 
     `one_step` is timed in eager mode for that; kept in run.json, so that a resumed run goes on the same way.
+    A mixture of experts does not: its routing cuts it into many graphs, which take minutes to compile.
     """
     use = run.get("compile", options.compile)
     if use is None or ranks.world_size > 1:
@@ -1573,7 +1574,7 @@ def choose_compile(options, ranks, run, model, one_step, steps):
             began = time.monotonic()
             one_step()
             saved = (time.monotonic() - began) * steps * COMPILE_SAVES
-            use = ranks.device.type != "mps" and saved > COMPILE_SECONDS
+            use = saved > COMPILE_SECONDS and ranks.device.type != "mps" and not model.config.sparse_layers
         run["compile"] = agree(ranks, use and compiler_works(ranks.device))
         say(ranks, f"torch.compile {'on' if run['compile'] else 'off'}")
         if ranks.first:
