@@ -1911,8 +1911,9 @@ class Metrics:
         if not self.ranks.first:
             return
         self.file.write(json.dumps({"step": step, **finite(values)}) + "\n")
+        long = (list, dict) if "loss" in values else list  # a step's line has room for numbers alone
         text = "  ".join(f"{name} {short(value)}" for name, value in values.items()
-                         if value is not None and value is not False and not isinstance(value, list))
+                         if value is not None and value is not False and not isinstance(value, long))
         self.bar.update(step - self.bar.n)
         self.bar.set_postfix_str(text[:70])
         speak = time.monotonic() - self.spoken > 10 or "loss" not in values or step == self.steps

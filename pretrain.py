@@ -638,7 +638,7 @@ def train(options, ranks):
         speed = tokens / (now - step_began)
         record |= {"step": step + 1, "tokens": record["tokens"] + tokens, "seconds": earlier + now - began}
         metrics.write(step + 1, loss=loss, lr=lr, grad_norm=norm, tokens=record["tokens"],
-                      tokens_per_second=speed, mfu=speed * flops / peak, memory=memory(ranks.device),
+                      tokens_per_second=speed, mfu=speed * flops / peak, memory_gb=memory(ranks.device) / 1e9,
                       seconds=record["seconds"], skipped=stepper.skipped, spike=spike(record, loss),
                       **figures(sums, windows.shards))
         last = step + 1 == options.steps

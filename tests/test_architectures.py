@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import model as m
-from tiny import run, tiny
-from tokenizer import InputError
+from test_tokenizer import LEGACY, LLAMA2_CHAT, TEXTS, byte_fallback_json
+from tiny import run, tiny, write_jsonl
+from tokenizer import InputError, encode_chat, messages_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -135,6 +136,32 @@ def test_a_quantized_folder_is_the_same_to_transformers(tmp_path, case):
     ours, ids = m.load_folder(tmp_path / "int8")[0], random_ids(2, 30)
     with torch.no_grad():
         torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_llama_learns_to_answer_in_its_own_chat_form(tmp_path):
+    vocabulary = byte_fallback_json(TEXTS, **LEGACY)
+    size = len(vocabulary["model"]["vocab"])
+    foreign(tmp_path / "base", "Llama", {"vocab_size": size, "num_hidden_layers": 2})
+    for path in m.FILES:
+        (tmp_path / "base" / path).unlink(missing_ok=True)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>", "chat_template": LLAMA2_CHAT}
+    m.write_json(tmp_path / "base" / "tokenizer.json", vocabulary)
+    m.write_json(tmp_path / "base" / "tokenizer_config.json",
+                 names | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    chats = [{"prompt": ask, "completion": answer} for ask, answer in (
+        ("Where is the cat?", "By the lake."), ("猫在哪里？", "在湖边。"), ("</s> is what?", "A mere text."))]
+    data = write_jsonl(tmp_path / "sft.jsonl", chats)
+    assert run("sft", "--model", tmp_path / "base", "--data", data, "--valid", data, "--out", tmp_path / "sft",
+               "--epochs", 60, "--batch-size", 1, "--lr", 1e-2, "--max-length", 64, "--no-compile", "--dtype", "fp32") == 0
+    model, tokenizer = m.load_folder(tmp_path / "sft")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "sft").eval()
+    reader = transformers.AutoTokenizer.from_pretrained(tmp_path / "sft")
+    for chat in chats:
+        ids, _ = encode_chat(tokenizer, messages_of(chat["prompt"]), generation_prompt=True)
+        answer = m.generate(model, [ids], 40, m.stop_ids(tmp_path / "sft", tokenizer))[0]
+        assert answer.finished and tokenizer.decode(answer.ids[:-1]).strip() == chat["completion"]
+        text = theirs.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)[0, len(ids):]
+        assert reader.decode(text, skip_special_tokens=True).strip() == chat["completion"]
 
 
 @pytest.mark.parametrize("change, word", [
