@@ -2,8 +2,8 @@
 
     make && python bench/needle.py --run run --out run/needle
 
-Long documents are made of the island's own, one after another, with sentences like "The keeper of gate 417
-is Tamo." hidden in them and repeated at the end. The base model, trained on windows of 256 tokens, is asked to
+Long documents are made of the island's own, one after another, with a sentence like "Keep in mind the name
+Tamo." hidden in them and repeated at the end. The base model, trained on windows of 256 tokens, is asked to
 complete the repetition; then it goes on for some steps on windows of 1,024, with RoPE's base as it was, and
 with a raised one.
 """
@@ -19,10 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from model import generate, load_folder, stop_ids  # noqa: E402
 
-SAYINGS = ("The keeper of gate {gate} is {name}.", "守{gate}号门的人是{name}。")
+SAYINGS = ("Keep in mind the name {name}.", "请牢牢记住名字{name}。")
 NAMES = ([a + b for a in ("Ta", "Mo", "Ri", "Ke", "Lu", "Sa") for b in ("mo", "ri", "na", "ke", "lo")],
          [a + b for a in "陶莫李柯卢萨" for b in "敏睿娜可洛"])
-NEEDLES = 4  # in a document
 
 
 def haystack(documents, tokenizer, length, rng):
@@ -35,34 +34,30 @@ def haystack(documents, tokenizer, length, rng):
 
 
 def hidden(documents, tokenizer, length, lang, rng):
-    """(text with needles in it, [(needle, its name)]) of about `length` tokens."""
-    pieces, needles = haystack(documents, tokenizer, length, rng), []
-    for gate in rng.sample(range(100, 1000), NEEDLES):
-        name = rng.choice(NAMES[lang])
-        needles.append((SAYINGS[lang].format(gate=gate, name=name), name))
-        pieces.insert(rng.randrange(len(pieces) + 1), needles[-1][0])
-    return "\n".join(pieces), needles
+    """(text of about `length` tokens with a needle somewhere in it, the needle, its name)."""
+    pieces, name = haystack(documents, tokenizer, length, rng), rng.choice(NAMES[lang])
+    needle = SAYINGS[lang].format(name=name)
+    pieces.insert(rng.randrange(len(pieces) + 1), needle)
+    return "\n".join(pieces), needle, name
 
 
 def write_long(path, corpus, tokenizer, count, length, rng):
     with open(path, "w", encoding="utf-8") as file:
         for number in range(count):
             lang = number % 2
-            text, needles = hidden(corpus[lang], tokenizer, length, lang, rng)
-            text = "\n".join([text, *(needle for needle, name in needles)])
-            record = {"id": str(number), "text": text, "lang": ("en", "zh")[lang], "kind": "web"}
+            text, needle, _ = hidden(corpus[lang], tokenizer, length, lang, rng)
+            record = {"id": str(number), "text": f"{text}\n{needle}", "lang": ("en", "zh")[lang], "kind": "web"}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def found(folder, corpus, length, questions=60):
-    """Share of needles whose name the model says first, in English and in Chinese."""
+    """Share of texts whose needle's name the model says first, in English and in Chinese."""
     model, tokenizer = load_folder(folder)
     shares = []
     for lang in (0, 1):
         rng, right = random.Random(f"{length} {lang}"), 0
         for _ in range(questions):
-            text, needles = hidden(corpus[lang], tokenizer, length, lang, rng)
-            needle, name = rng.choice(needles)
+            text, needle, name = hidden(corpus[lang], tokenizer, length, lang, rng)
             start = needle[: needle.index(name)].rstrip()
             ids = [tokenizer.endoftext, *tokenizer.encode(f"{text}\n{start}")]
             model.config.max_position_embeddings = 4 * length + 1000  # asked beyond what it was trained for
@@ -103,8 +98,8 @@ def main():
     for theta in (1e4, 1e5):
         models[f"theta {theta:g}"] = asked.out / f"theta-{theta:g}"
         call("pretrain.py", "--model", asked.run / "base", "--data", asked.out / "tokens",
-             "--rope-theta", theta, "--max-length", 1024, "--batch-size", 4, "--steps", asked.steps, "--lr", 1e-3,
-             "--out", models[f"theta {theta:g}"], "--resume")
+             "--rope-theta", theta, "--max-length", 1024, "--batch-size", 4, "--steps", asked.steps,
+             "--lr", 1e-3, "--out", models[f"theta {theta:g}"], "--resume")
     for name, folder in models.items():
         for length in asked.lengths:
             english, chinese = found(folder, corpus["test"], length)
