@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from model import (Metrics, Ranks, Stepper, StopSignal, accumulate, autocast, choose_dtype, export_best,
                    fingerprint, finish_run, keep_best, learning_rate, load_folder, load_state, make_optimizer,
-                   open_run, process_group, save_folder, save_state, say, parallelize)
+                   open_run, parallelize, process_group, save_folder, save_state, say)
 from tokenizer import (InputError, encode_chat, held_out, jsonl_files, name_of, one_line_errors, option,
                        parse_options, read_jsonl, record_ranking)
 

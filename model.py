@@ -214,7 +214,10 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(I, H, bias=bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.gated(self.gate_proj(x), self.up_proj(x))
+
+    def gated(self, gate, up):
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Experts(nn.Module):
@@ -609,17 +612,10 @@ class OneToken:
             y = F.scaled_dot_product_attention(qk[:, :N, None], k, v, attn_mask=masks[self.model.windows[i]],
                                                enable_gqa=N != G)  # (B, N, 1, D)
             x = x + layer.self_attn.o_proj(y.view(len(x), -1))
-            x = x + run_mlp(layer.mlp, gate_up, layer.post_attention_layernorm(x))
+            normed = layer.post_attention_layernorm(x)  # (B, H)
+            x = x + (layer.mlp.gated(*gate_up(normed).chunk(2, -1)) if gate_up else layer.mlp(normed))
         cache.length += 1
         return self.model.norm(x)
-
-
-def run_mlp(mlp, gate_up, x):
-    """`mlp(x)`, with gate and up in one product where it has them."""
-    if gate_up is None:
-        return mlp(x)
-    gate, up = gate_up(x).chunk(2, -1)  # (B, I)
-    return mlp.down_proj(F.silu(gate) * up)
 
 
 def merged(*layers):
@@ -1328,15 +1324,15 @@ def write_safetensors(path, tensors):
     os.replace(temporary, path)
 
 
-def save_folder(folder, model, tokenizer, max_shard=5 * 2**30):
-    """Write a Hugging Face model folder. One that was loaded keeps its config, tokenizer files and dtype.
+def save_folder(folder, model, tokenizer, changes=None, max_shard=5 * 2**30):
+    """Write a Hugging Face model folder. One that was loaded keeps its config, other files and dtype.
 
-    model.safetensors is renamed into place last; above `max_shard` bytes it is sharded with an index.
+    changes: {key: value} of config.json that a run has changed. model.safetensors is renamed into place last;
+    above `max_shard` bytes it is sharded with an index.
     """
-    folder = Path(folder)
+    folder, changes = Path(folder), changes or {}
     folder.mkdir(parents=True, exist_ok=True)
     if model.source is None:
-        tokenizer.save(folder)
         write_json(folder / "config.json", config_json(model.config, tokenizer))
         eos = [tokenizer.im_end, tokenizer.endoftext]
         write_json(folder / "generation_config.json",
@@ -1345,11 +1341,13 @@ def save_folder(folder, model, tokenizer, max_shard=5 * 2**30):
         for file in sorted(model.source.iterdir()):
             if file.suffix in (".json", ".model", ".txt", ".jinja") and file.name not in NOT_COPIED:
                 shutil.copyfile(file, folder / file.name)
+    tokenizer.save(folder)
     if isinstance(model, RewardModel):  # num_labels 1, as transformers spells it
         name = ARCHITECTURES[model.config.model_type] + HEADS[RewardModel]
-        head = {"architectures": [name], "id2label": {"0": "LABEL_0"},
-                "label2id": {"LABEL_0": 0}, "pad_token_id": tokenizer.pad}
-        write_json(folder / "config.json", read_json(folder / "config.json") | head)
+        changes = changes | {"architectures": [name], "id2label": {"0": "LABEL_0"},
+                             "label2id": {"LABEL_0": 0}, "pad_token_id": tokenizer.pad}
+    if changes:
+        write_json(folder / "config.json", read_json(folder / "config.json") | changes)
     dtype = getattr(model, "stored_dtype", torch.float32)
     tied = model.config.tie_word_embeddings
     kept = dict(model.named_buffers())  # codes and scales of low-bit layers stay what they are
@@ -1373,7 +1371,7 @@ def save_folder(folder, model, tokenizer, max_shard=5 * 2**30):
     write_json(folder / "model.safetensors.index.json", index)
 
 
-NOT_COPIED = ("run.json", "metrics.jsonl", "model.safetensors.index.json", "adapter_config.json")
+NOT_COPIED = ("run.json", "metrics.jsonl", "model.safetensors.index.json", "adapter_config.json", *FILES)
 
 
 def stop_ids(folder, tokenizer):
@@ -1732,10 +1730,9 @@ def open_run(stage, options, ranks, inputs):
             what = f"--{changed[0].replace('_', '-')}" if changed else "the stage"
             raise InputError(f"{out}: {what} is not what the run began with; --resume needs the same options")
         other = [what for what in inputs if inputs[what] != old["inputs"].get(what)]
-        if getattr(options, "new_data", False) and other == ["data"]:
-            other = []
-        if other:
-            hint = " (or --new-data)" if hasattr(options, "new_data") and other == ["data"] else ""
+        may_be_new = hasattr(options, "new_data") and other == ["data"]
+        if other and not (may_be_new and options.new_data):
+            hint = " (or --new-data)" if may_be_new else ""
             raise InputError(f"{out}: the {other[0]} it began with has changed; start again with "
                              f"--overwrite{hint}")
         fresh = old | {"options": settings, "inputs": inputs, "finished": False}
@@ -1865,10 +1862,11 @@ def keep_best(options, ranks, record, loss, model):
         record["worse"] += 1
         return
     record |= {"best": loss, "worse": 0}
-    if options.patience:
-        named = ((name, whole(p.detach())) for name, p in model.named_parameters() if p.requires_grad)
-        trained = {name: tensor.cpu().contiguous() for name, tensor in named if ranks.first}
-    if options.patience and ranks.first:
+    if not options.patience:
+        return
+    named = ((name, whole(p.detach())) for name, p in model.named_parameters() if p.requires_grad)
+    trained = {name: tensor.cpu().contiguous() for name, tensor in named if ranks.first}
+    if ranks.first:
         (Path(options.out) / "state").mkdir(parents=True, exist_ok=True)
         write_safetensors(Path(options.out) / "state" / "best.safetensors", trained)
 
@@ -2024,9 +2022,9 @@ class Chat:
         tokens = generate_tokens(
             self.model, [ids[self.cache.length :]], options.max_new_tokens, self.stop, rows=[self.turn],
             ends=StopStrings(self.tokenizer, options.stop) if options.stop else None, cache=self.cache,
-            temperature=self.temperature,
-            top_k=options.top_k, top_p=options.top_p, min_p=options.min_p, seed=options.seed,
-            repetition_penalty=options.repetition_penalty, presence_penalty=options.presence_penalty)
+            temperature=self.temperature, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p,
+            seed=options.seed, repetition_penalty=options.repetition_penalty,
+            presence_penalty=options.presence_penalty)
         for _, token, _, _ in tokens:
             ids.append(token)
             self.read = ids[: self.cache.length]

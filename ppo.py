@@ -25,7 +25,7 @@ import torch.nn as nn
 
 from model import (Metrics, RewardModel, Stepper, StopSignal, accumulate, autocast, choose_dtype, fingerprint,
                    finish_run, generate, learning_rate, load_folder, load_state, make_optimizer, open_run,
-                   process_group, save_folder, save_state, say, parallelize, write_text)
+                   parallelize, process_group, save_folder, save_state, say, write_text)
 from tokenizer import (InputError, encode_chat, held_out, jsonl_files, load_scorer, messages_of,
                        one_line_errors, option, parse_options, read_jsonl)
 

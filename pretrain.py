@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import resource
-import shutil
 import sys
 import time
 import timeit
@@ -29,11 +28,11 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
 
-from model import (DTYPES, NOT_COPIED, CausalLM, Config, Experts, Metrics, Stepper, StopSignal, accumulate,
+from model import (DTYPES, CausalLM, Config, Experts, Metrics, Stepper, StopSignal, accumulate,
                    autocast, bits_per_byte, choose_compile, choose_dtype, export_best, fingerprint,
                    finish_run, generate, keep_best, learning_rate, load_folder, load_state, make_optimizer,
                    open_run, parallelize, pick_device, process_group, read_config, read_json, router_losses,
-                   save_folder, save_state, say, spread, unsharded, whole, window_batch, write_json)
+                   save_folder, save_state, say, spread, unsharded, whole, window_batch)
 from tokenizer import InputError, Tokenizer, one_line_errors, option, parse_options, read_tokens
 
 
@@ -350,28 +349,19 @@ def seed_dropout(options, ranks, step):
         torch.manual_seed(int(seeds.generate_state(1)[0]))
 
 
-def export(options, model, tokenizer):
-    """The model folder. One that was loaded keeps its files, but for what this run changed of them."""
-    out, source, config = Path(options.out), model.source, model.config
-    if source is not None:
-        for file in source.iterdir():
-            of_model = file.name in ("config.json", "generation_config.json")
-            of_tokenizer = file.suffix in (".json", ".model", ".txt", ".jinja") and not options.tokenizer
-            if (of_model or of_tokenizer) and file.name not in NOT_COPIED:
-                shutil.copyfile(file, out / file.name)
-        raw, before = read_json(source / "config.json"), read_config(source, CausalLM)
-        changed = {name: getattr(config, name) for name in ("vocab_size", "max_position_embeddings")
-                   if getattr(config, name) != getattr(before, name)}
-        if options.rope_theta:
-            rope = raw.get("rope_parameters") or {"rope_type": "default"}
-            changed |= {"rope_theta": config.rope_theta,
-                        "rope_parameters": rope | {"rope_theta": config.rope_theta}}
-        if changed:
-            write_json(out / "config.json", raw | changed)
-        if options.tokenizer:
-            tokenizer.save(out)
-        model.source = out  # its files are there: the weights are what is left to write
-    save_folder(out, model, tokenizer)
+def config_changes(options, model):
+    """{key: value} of config.json that this run has changed of the --model's."""
+    if not options.model:
+        return {}
+    raw, before = read_json(model.source / "config.json"), read_config(model.source, CausalLM)
+    config = model.config
+    changes = {name: getattr(config, name) for name in ("vocab_size", "max_position_embeddings")
+               if getattr(config, name) != getattr(before, name)}
+    if options.rope_theta:
+        rope = raw.get("rope_parameters") or {"rope_type": "default"}
+        base = {"rope_theta": config.rope_theta}
+        changes |= {**base, "rope_parameters": rope | base}
+    return changes
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -408,9 +398,15 @@ def peak_flops(options, device, dtype):
 
 
 def memory(device):
-    """The most bytes that this process has held: on the GPU, else resident."""
+    """The most bytes that this process has held: on the GPU, else resident.
+
+    Linux counts the process that started this one in getrusage, and not in the status.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024  # it is in kB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -661,8 +657,9 @@ def train(options, ranks):
             return 130
     metrics.close()
     export_best(options, ranks, model)
-    plain = unsharded(model, ranks)
-    return finish_run(options, ranks, run, record, lambda: export(options, plain, tokenizer))
+    plain, changes = unsharded(model, ranks), config_changes(options, model)
+    return finish_run(options, ranks, run, record,
+                      lambda: save_folder(options.out, plain, tokenizer, changes))
 
 
 def check_options(options, ranks):

@@ -78,10 +78,9 @@ def quantize_model(model, bits, group, where):
 def write_folder(folder, model, tokenizer, bits, group):
     """A model folder whose config.json says how its layers are packed; what is not packed is bf16."""
     model.stored_dtype = torch.bfloat16
-    save_folder(folder, model, tokenizer)
     layout = quantization_config(bits, group, experts=bool(model.config.sparse_layers))
-    config = {"quantization_config": layout, "dtype": "bfloat16", "torch_dtype": "bfloat16"}
-    write_json(folder / "config.json", read_json(folder / "config.json") | config)
+    save_folder(folder, model, tokenizer,
+                {"quantization_config": layout, "dtype": "bfloat16", "torch_dtype": "bfloat16"})
 
 
 def weight_bytes(folder):

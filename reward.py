@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from model import (Metrics, RewardModel, Stepper, StopSignal, accumulate, autocast, choose_dtype,
                    export_best, fingerprint, finish_run, keep_best, learning_rate, load_folder, load_state,
-                   make_optimizer, open_run, process_group, save_folder, save_state, say, parallelize)
+                   make_optimizer, open_run, parallelize, process_group, save_folder, save_state, say)
 from tokenizer import (InputError, encode_chat, held_out, jsonl_files, one_line_errors, option, parse_options,
                        read_jsonl, record_ranking, write_whole)
 

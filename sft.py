@@ -21,8 +21,8 @@ import torch
 
 from model import (Metrics, Stepper, StopSignal, accumulate, add_lora, autocast, choose_compile, choose_dtype,
                    export_best, fingerprint, finish_run, keep_best, learning_rate, load_folder, load_state,
-                   make_optimizer, merge_lora, open_run, process_group, read_json, save_adapter, save_folder,
-                   save_state, say, train_rows_only, parallelize)
+                   make_optimizer, merge_lora, open_run, parallelize, process_group, read_json, save_adapter,
+                   save_folder, save_state, say, train_rows_only)
 from tokenizer import (InputError, encode_chat, held_out, jsonl_files, messages_of, one_line_errors, option,
                        parse_options, read_jsonl, read_tokens)
 

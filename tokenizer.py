@@ -615,10 +615,28 @@ def encode_chat(tokenizer, messages, generation_prompt=False):
 def encode_foreign_chat(tokenizer, messages, generation_prompt):
     """`encode_chat` by a tokenizer's own chat_template: the ids that transformers gives.
 
-    The text between two special tokens is encoded as one, but cut where an answer begins, which takes the
-    space before it (the two are in one token). An answer goes on to the special token that ends it.
+    The text between two special tokens is encoded as one, but cut where an answer begins.
     """
-    parts, answering = [], False  # [(text or id, whether it is trained)]
+    parts = chat_parts(tokenizer, messages, generation_prompt)
+    ids, trained, after, glued = [], [], None, tokenizer.spaces.glued if tokenizer.spaces else ()
+    kinds = [(isinstance(value, str), answer) for value, answer in parts]
+    for (is_text, answer), group in itertools.groupby(zip(kinds, parts), lambda pair: pair[0]):
+        values = [value for _, (value, _) in group]
+        tokens = tokenizer.encode("".join(values), after=after) if is_text else values
+        if tokens:
+            after = "text" if is_text or tokens[-1] in glued else "token"
+        ids += tokens
+        trained += [answer] * len(tokens)
+    return ids, trained
+
+
+def chat_parts(tokenizer, messages, generation_prompt):
+    """A dialogue in a chat_template as [(text or id of a token, whether it is trained)].
+
+    An answer takes the space before it (the two are in one token), and goes on to the special token that
+    ends it.
+    """
+    parts, answering = [], False
     named = tokenizer.special_tokens | tokenizer.added_tokens
     for text, role in render_chat(tokenizer, messages, generation_prompt):
         if answering and role:
@@ -626,22 +644,15 @@ def encode_foreign_chat(tokenizer, messages, generation_prompt):
         answering = answering or role == "assistant"
         if role == "assistant" and parts and isinstance(parts[-1][0], str):
             before = parts.pop()[0]
-            parts.append((before.rstrip(" "), False))
-            text = before[len(before.rstrip(" ")) :] + text
+            head = before.rstrip(" ")
+            parts.append((head, False))
+            text = before[len(head) :] + text
         for piece in [text] if role else find_any(tuple(named)).split(text):
             parts.append((piece if role else named.get(piece, piece), answering))
             answering = answering and (bool(role) or piece not in tokenizer.special_tokens)
     if answering:
         raise InputError("the chat_template does not end an answer with a special token")
-    ids, trained, after, glued = [], [], None, tokenizer.spaces.glued if tokenizer.spaces else ()
-    for kind, group in itertools.groupby(parts, lambda part: (isinstance(part[0], str), part[1])):
-        (is_text, answer), values = kind, [value for value, _ in group]
-        tokens = tokenizer.encode("".join(values), after=after) if is_text else values
-        if tokens:
-            after = "text" if is_text or tokens[-1] in glued else "token"
-        ids += tokens
-        trained += [answer] * len(tokens)
-    return ids, trained
+    return parts
 
 
 def render_chat(tokenizer, messages, generation_prompt):
@@ -714,7 +725,8 @@ def read_foreign_chat(tokenizer, files):
 # Files: tokenizer.json (Hugging Face's format) and the folder of tokens.
 
 FILES = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"]
-FILES += ["chat_template.jinja", "tokenizer.json"]  # in this order: a folder with tokenizer.json is finished
+FILES += ["tokenizer.model", "chat_template.jinja"]
+FILES += ["tokenizer.json"]  # the last to be written: a folder that has it is finished
 TOKENIZER_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "bos_token": None,
@@ -1398,7 +1410,7 @@ def print_stats(tokenizer, totals, used):
             columns = f"{total['documents']:>9,} {total['tokens']:>12,} {per_token:>14.2f}"
             fertility = total["tokens"] / max(1, total["words"])
             print(f"{name:20} {columns} {fertility:>14.2f} {cheapest / max(per_token, 1e-9):>28.2f}")
-    learned = [id for id in tokenizer.vocab.values() if id not in tokenizer.special_tokens.values()]
+    learned = [id for id in tokenizer.vocab.values() if id not in tokenizer.special_ids]
     share, longest = np.mean(used[learned] > 0), sorted(learned, key=lambda id: -len(tokenizer.bytes_of[id]))
     print(f"{share:.1%} of {len(learned):,} tokens are used; the longest of those:")
     shown = [id for id in longest if used[id]][:10]

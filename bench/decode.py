@@ -15,6 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import CausalLM, Config, generate, load_folder, save_folder  # noqa: E402
+from pretrain import memory  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 SHAPES = {"4M": (3072, 256, 704, 4, 4), "25M": (8192, 512, 1408, 8, 8), "125M": (32768, 768, 2048, 12, 12)}
@@ -64,23 +65,19 @@ def compare_speed(size, B, run):
     same = sum(a == b for a, b in zip(texts["ours"], texts["transformers"]))
     rate = {name: B * NEW / statistics.median(spent[1:]) for name, spent in taken.items()}
     ratio = rate["ours"] / rate["transformers"]
-    print(f"{size:>5} B {B:<3} ours {rate['ours']:8,.0f} tokens/s, transformers {rate['transformers']:8,.0f}: "
-          f"{ratio:.2f} times; {same} of {B} texts the same", flush=True)
+    print(f"{size:>5} B {B:<3} ours {rate['ours']:8,.0f} tokens/s, "
+          f"transformers {rate['transformers']:8,.0f}: {ratio:.2f} times; "
+          f"{same} of {B} texts the same", flush=True)
 
 
 def peak_memory(name, size, folder):
-    """MB that loading and generating for 32 prompts add to a process that has imported all there is (Linux)."""
+    """MB that loading and generating for 32 prompts add to a process that has imported all (Linux)."""
     import transformers  # noqa: F401
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    before = resident_peak()
+    cpu = torch.device("cpu")
+    before = memory(cpu)
     LOAD[name](folder)(prompts(size, 32))
-    return resident_peak() - before
-
-
-def resident_peak():
-    """Most MB of memory that this process has held."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+    return (memory(cpu) - before) / 1e6
 
 
 def main():

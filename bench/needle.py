@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from model import generate, load_folder, stop_ids  # noqa: E402
+from tokenizer import Tokenizer, read_texts  # noqa: E402
 
 SAYINGS = ("Keep in mind the name {name}.", "请牢牢记住名字{name}。")
 NAMES = ([a + b for a in ("Ta", "Mo", "Ri", "Ke", "Lu", "Sa") for b in ("mo", "ri", "na", "ke", "lo")],
@@ -46,7 +47,7 @@ def write_long(path, corpus, tokenizer, count, length, rng):
         for number in range(count):
             lang = number % 2
             text, needle, _ = hidden(corpus[lang], tokenizer, length, lang, rng)
-            record = {"id": str(number), "text": f"{text}\n{needle}", "lang": ("en", "zh")[lang], "kind": "web"}
+            record = {"text": f"{text}\n{needle}", "lang": ("en", "zh")[lang]}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
@@ -67,10 +68,12 @@ def found(folder, corpus, length, questions=60):
     return shares
 
 
-def texts(path, lang):
-    lines = (line for file in sorted(path.glob("*.jsonl")) for line in open(file, encoding="utf-8"))
-    records = map(json.loads, lines)
-    return [record["text"] for record in records if record["lang"] == lang and record["kind"] == "web"]
+def texts(path):
+    """The English texts of a file, and the Chinese ones."""
+    found = {"en": [], "zh": []}
+    for text, lang, _ in read_texts(path):
+        found.get(lang, []).append(text)
+    return [*found.values()]
 
 
 def call(*command):
@@ -85,8 +88,8 @@ def main():
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--lengths", type=int, nargs="+", default=[200, 450, 900])
     asked = parser.parse_args()
-    tokenizer = load_folder(asked.run / "base")[1]
-    corpus = {split: [texts(asked.run / "corpus" / split, lang) for lang in ("en", "zh")]
+    tokenizer = Tokenizer.load(asked.run / "base")
+    corpus = {split: texts(asked.run / "corpus" / split / "web.jsonl")
               for split in ("train", "valid", "test")}
     for split, count in (("train", 1000), ("valid", 20)):
         (asked.out / "corpus" / split).mkdir(parents=True, exist_ok=True)

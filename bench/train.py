@@ -12,7 +12,6 @@ product reaches, and each one's memory, in a process of its own. A peer that is 
 
 import argparse
 import importlib.util
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import CausalLM, Config, autocast, make_optimizer  # noqa: E402
-from pretrain import Options, flops_per_token, peak_flops  # noqa: E402
+from pretrain import Options, flops_per_token, memory, peak_flops  # noqa: E402
 
 # V, H, I, L, N, B, T
 SHAPES = {"4M": (4096, 256, 704, 4, 4, 16, 256), "20M": (4096, 512, 1408, 6, 8, 16, 256),
@@ -149,15 +148,11 @@ def compare(shape, options):
 
 def memory_of(peer, dtype, how, shape, options):
     """What three steps take at most, over what Python and the libraries do."""
-    def most():
-        if options.device == "cuda":
-            return torch.cuda.max_memory_allocated()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-    before, step = most(), make_step(peer, shape, (dtype, how == "compiled"), options)
+    device = torch.device(options.device)
+    before, step = memory(device), make_step(peer, shape, (dtype, how == "compiled"), options)
     for _ in range(3):
         step()
-    print(f"peak memory {(most() - before) / 1e6:,.0f} MB ({dtype}, {how})")
+    print(f"peak memory {(memory(device) - before) / 1e6:,.0f} MB ({dtype}, {how})")
 
 
 def grow(shape, options):

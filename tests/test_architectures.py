@@ -151,8 +151,9 @@ def test_a_llama_learns_to_answer_in_its_own_chat_form(tmp_path):
     chats = [{"prompt": ask, "completion": answer} for ask, answer in (
         ("Where is the cat?", "By the lake."), ("猫在哪里？", "在湖边。"), ("</s> is what?", "A mere text."))]
     data = write_jsonl(tmp_path / "sft.jsonl", chats)
-    assert run("sft", "--model", tmp_path / "base", "--data", data, "--valid", data, "--out", tmp_path / "sft",
-               "--epochs", 60, "--batch-size", 1, "--lr", 1e-2, "--max-length", 64, "--no-compile", "--dtype", "fp32") == 0
+    assert run("sft", "--model", tmp_path / "base", "--data", data, "--valid", data,
+               "--out", tmp_path / "sft", "--epochs", 60, "--batch-size", 1, "--lr", 1e-2,
+               "--max-length", 64, "--no-compile", "--dtype", "fp32") == 0
     model, tokenizer = m.load_folder(tmp_path / "sft")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "sft").eval()
     reader = transformers.AutoTokenizer.from_pretrained(tmp_path / "sft")
