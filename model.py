@@ -472,18 +472,19 @@ class Cache:
 
 
 def uniforms(seed, rows, token):
-    """A number in (0, 1] a row, a pure function of (seed, row, token): splitmix64 (Steele et al. 2014).
+    """A number in (0, 1) a row, a pure function of (seed, row, token): splitmix64 (Steele et al. 2014).
 
-    So that the text of a row depends neither on its neighbours nor on how rows are spread over ranks.
+    So that the text of a row depends neither on its neighbours nor on how rows are spread over ranks. Seed and
+    token are mixed in one after the other: added together, seed 2 would be seed 1 one token later.
     """
     with np.errstate(over="ignore"):
-        x = np.asarray(rows, np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed % 2**63)
-        for salt in (token, 0x632BE59BD9B4E019):
-            x = x + np.uint64(salt) + np.uint64(0x9E3779B97F4A7C15)
+        x = np.asarray(rows, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        for value in (seed % 2**63, token):
+            x = x + np.uint64(value) + np.uint64(0x9E3779B97F4A7C15)
             x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             x = x ^ (x >> np.uint64(31))
-    return torch.from_numpy(((x >> np.uint64(40)).astype(np.float32) + 0.5) / np.float32(2**24))  # (rows,)
+    return torch.from_numpy(((x >> np.uint64(41)).astype(np.float32) + 0.5) / np.float32(2**23))  # (rows,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1778,32 +1779,36 @@ def save_state(out, record, ranks, models, keep=2, sharded=False):
 
     models: {name: (module, its Stepper)}. Keys are `{name}.{parameter}.{weight|exp_avg|...}`; what is frozen
     is not saved. Written under a temporary name, synced, renamed once; the newest `keep` stay. sharded: each
-    rank writes its share (torch.distributed.checkpoint), where the whole is too large for one.
+    rank writes its share, where the whole is too large for one, while training goes on. Returns a function
+    that waits until the state is in place, for all ranks to call before the next save or the end.
     """
-    folder, step = Path(out) / "state", record["step"]
+    step, folder = record["step"], Path(out) / "state"
     temporary, final = folder / f"tmp-{step}", folder / f"step-{step}"
+    steppers = {name: stepper.state() for name, (_, stepper) in models.items()}
+    record = record | {"steppers": steppers}
     if ranks.first:
         for unfinished in folder.glob("tmp-*"):
             shutil.rmtree(unfinished, ignore_errors=True)
         temporary.mkdir(parents=True)
+
+    def finish():
+        if ranks.first:
+            write_json(temporary / "state.json", record)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
+            states = sorted(folder.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+            for old in states[:-keep]:
+                shutil.rmtree(old, ignore_errors=True)
+
     if sharded:
-        ranks.sum(0)  # the folder is there, for all
-        write_shards(temporary / "shards", dict(state_tensors(models)))
-        ranks.sum(0)  # all of it is
-    else:
-        gathered = ((key, whole(tensor)) for key, tensor in state_tensors(models))
-        tensors = {key: tensor.cpu() for key, tensor in gathered if ranks.first}
-    if not ranks.first:
-        return
-    if not sharded:
+        written = write_shards(temporary / "shards", dict(state_tensors(models)), ranks)
+        return lambda: (written(), finish())
+    gathered = ((key, whole(tensor)) for key, tensor in state_tensors(models))
+    tensors = {key: tensor.cpu() for key, tensor in gathered if ranks.first}
+    if ranks.first:
         write_safetensors(temporary / "tensors.safetensors", tensors)
-    steppers = {name: stepper.state() for name, (_, stepper) in models.items()}
-    write_json(temporary / "state.json", record | {"steppers": steppers})
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
-    states = sorted(folder.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
-    for old in states[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    finish()
+    return lambda: None
 
 
 def load_state(folder, models):
@@ -1832,12 +1837,27 @@ def load_state(folder, models):
     return record
 
 
-def write_shards(folder, tensors):
-    try:
-        dcp.save(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
-    except dcp.CheckpointException as error:
-        problem = next(iter(error.failures.values()))[0]
-        raise InputError(f"{folder}: not written ({problem}); --resume goes on from the last state") from None
+def write_shards(folder, tensors, ranks):
+    """Copy this rank's share and begin to write it; returns a function that waits until all ranks have.
+
+    (torch.distributed.checkpoint.) Its thread talks to the other ranks' through a group of its own, since
+    training's messages go on meanwhile.
+    """
+    ranks.sum(0)  # the folder is there, for all
+    group = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
+    future = dcp.async_save(tensors, checkpoint_id=folder, process_group=group, no_dist=group is None)
+
+    def finish():
+        try:
+            future.result()
+        except dcp.CheckpointException as error:
+            problem = next(iter(error.failures.values()))[0]
+            raise InputError(f"{folder}: not written ({problem}); --resume goes on from the last "
+                             "state") from None
+        if group:
+            dist.destroy_process_group(group)
+
+    return finish
 
 
 def read_shards(folder, models):

@@ -625,6 +625,7 @@ def train(options, ranks):
     flops = flops_per_token(model.config, options.max_length)
     metrics, signal, began = Metrics(options.out, ranks, done, options.steps), StopSignal(), time.monotonic()
     early = 0 < options.patience <= record["worse"]  # it had stopped early, and was killed before its end
+    saved = None
     for step in range(done, 0 if early else options.steps):
         step_began = time.monotonic()
         lr = learning_rate(step, options.steps, options.lr, options.warmup, options.schedule)
@@ -647,8 +648,12 @@ def train(options, ranks):
             metrics.write(step + 1, samples=sample_texts(model, tokenizer, options, ranks, step))
         stop = signal.agreed(ranks)
         if last or stop or (step + 1) % options.save_every == 0:
-            save_state(options.out, record, ranks, {"model": (model, stepper)},
-                       sharded=options.state == "sharded")
+            if saved:
+                saved()  # the state before: shards are written while training goes on
+            saved = save_state(options.out, record, ranks, {"model": (model, stepper)},
+                               sharded=options.state == "sharded")
+            if last or stop:
+                saved()
         if last:
             break
         if stop:

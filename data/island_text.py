@@ -90,8 +90,8 @@ class Author:
         """Encyclopaedia: a paragraph each for one to three names, with most of their facts, in any order."""
         paragraphs = []
         for entity in [self.entity() for _ in range(self.rng.choice((1, 2, 2, 3)))]:
-            type_ = word(TEXTS["types"][entity.type])(self.lang)
-            start = self.pick("entry").format(x=entity.name(self.lang), t=type_)
+            type_, measure = word(TEXTS["types"][entity.type])(self.lang), TEXTS["measures"][entity.type]
+            start = self.pick("entry").format(x=entity.name(self.lang), t=type_, m=measure)
             paragraphs.append(self.join([start, *self.facts(entity, 4)]))
         return "\n".join(paragraphs)
 

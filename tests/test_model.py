@@ -316,6 +316,8 @@ def test_uniforms_are_uniform_and_a_pure_function():
     assert torch.equal(u[100:200], m.uniforms(7, np.arange(100, 200), 3))
     assert (abs(np.corrcoef(u[:-1], u[1:])[0, 1]) < 0.02
             and abs(np.corrcoef(u, m.uniforms(7, np.arange(100_000), 4))[0, 1]) < 0.02)
+    # The next seed is not this one, a token later.
+    assert abs(np.corrcoef(m.uniforms(8, np.arange(100_000), 3), m.uniforms(7, np.arange(100_000), 4))[0, 1]) < 0.02
 
 
 # ---- windows and bits per byte
