@@ -45,8 +45,8 @@ PRETRAIN_tiny    = --hidden-size 128 --num-hidden-layers 2 --num-attention-heads
 SFT_tiny         = --max-length 128 --batch-size 16 --epochs 1 --lr 3e-4
 COLLECT_tiny     = --k 4 --limit 200
 REWARD_tiny      = --epochs 1 --batch-size 32 --lr 3e-4 --max-length 128
-PPO_tiny         = --steps 3 --batch-size 16 --minibatch 8 --max-length 88
-HACKING_tiny     = --steps 3 --batch-size 16 --minibatch 8 --max-length 88 --kl 0
+PPO_tiny         = --steps 3 --batch-size 16 --minibatch 8 --max-length 88 --critic-warmup 1
+HACKING_tiny     = --steps 3 --batch-size 16 --minibatch 8 --max-length 88 --critic-warmup 1 --kl 0
 DPO_tiny         = --epochs 1 --batch-size 32 --lr 1e-4 --max-length 128
 EVALUATE_tiny    = --limit 20
 
@@ -54,7 +54,7 @@ VOCAB_data       = 8192
 PRETRAIN_data    = --hidden-size 256 --num-hidden-layers 4 --num-attention-heads 4 --num-key-value-heads 4 \
                    --intermediate-size 704 --max-length 256 --batch-size 16 --steps 1500 --lr 3e-3
 SFT_data         = --max-length 256 --batch-size 16 --epochs 1 --lr 5e-4
-COLLECT_data     = --k 4 --limit 1000 --max-new-tokens 40
+COLLECT_data     = --k 4 --limit 1000
 REWARD_data      = --epochs 1 --batch-size 32 --micro-batch 32 --lr 3e-4
 PPO_data         = --steps 20 --batch-size 64 --kl 0.05
 HACKING_data     = --steps 40 --batch-size 64 --kl 0

@@ -23,8 +23,8 @@ from random import Random
 from tqdm import tqdm
 
 from model import DTYPES, generate, load_folder, process_group, say, stop_ids, write_json
-from tokenizer import (InputError, check_messages, encode_chat, held_out, jsonl_files, load_scorer,
-                       messages_of, name_of, one_line_errors, option, parse_options, read_jsonl, write_whole)
+from tokenizer import (InputError, encode_chat, held_out, jsonl_files, load_scorer, name_of, one_line_errors,
+                       option, parse_options, prompt_messages, read_jsonl, write_whole)
 
 
 @dataclass(kw_only=True)
@@ -40,6 +40,7 @@ class Options:
     k: int = option("answers a prompt", 4, at_least=2)
     written: str = option("JSONL file with `prompt` and `completions`; half of the answers are from it", "")
     pairs: bool = option("write every pair of unequal answers, instead of a ranking a prompt", False)
+    skip_bad: bool = option("count malformed lines and go on, instead of stopping at the first", False)
     limit: int | None = option("take only the first so many prompts", None, at_least=1)
     temperature: float = option("of the sampling; 0 always takes the likeliest token", 1.0, at_least=0)
     max_new_tokens: int = option("most tokens in an answer; it is cut there", 64, at_least=1)
@@ -63,19 +64,6 @@ class Item:
 
 # ---------------------------------------------------------------------------------------------------------
 # Data: JSONL -> prompts, each with the written answers drawn for it
-
-
-def prompt_messages(record):
-    """The message list of a record's `prompt`, which is text (a user's message) or a message list."""
-    if "prompt" not in record:
-        raise InputError("no `prompt`")
-    messages = messages_of(record["prompt"])
-    check_messages(messages)
-    if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
-        raise InputError("a prompt ends with what a user says, and it is not empty")
-    if not isinstance(record.get("meta", {}), dict):
-        raise InputError("meta must be an object")
-    return messages
 
 
 def read_written(files):
@@ -107,7 +95,10 @@ def read_items(options, tokenizer, room, counts):
                 messages = prompt_messages(record)
                 ids, _ = encode_chat(tokenizer, messages, generation_prompt=True)
             except InputError as error:
-                raise InputError(f"{place}: {error}") from None
+                if not options.skip_bad:
+                    raise InputError(f"{place}: {error} (--skip-bad goes on without such lines)") from None
+                counts["bad"] += 1
+                continue
             if options.train_part and held_out(messages):
                 counts["held_out"] += 1
                 continue
@@ -138,20 +129,22 @@ def sample_answers(model, tokenizer, items, stop, options, ranks):
     """Texts sampled for each item, as many as are missing to k: a list of lists, the same on all ranks.
 
     Answer j to item i is row i k + j of the sampling. A batch holds prompts of like length: little padding;
-    ranks take batches in turn.
+    ranks take batches in turn. Returned with it: how many were cut off by --max-new-tokens.
     """
     rows = [(i, j) for i, item in enumerate(items) for j in range(options.k - len(item.written))]
     rows.sort(key=lambda row: len(items[row[0]].ids))
     batches = [rows[i : i + options.batch_size] for i in range(0, len(rows), options.batch_size)]
-    texts = {}
+    texts, cut = {}, 0
     for batch in tqdm(batches[ranks.rank :: ranks.world_size], "sampling", unit="batch", disable=None):
         prompts = [items[i].ids for i, _ in batch]
         samples = generate(model, prompts, options.max_new_tokens, stop, temperature=options.temperature,
                            seed=options.seed, rows=[i * options.k + j for i, j in batch])
         for row, sample in zip(batch, samples):
             texts[row] = tokenizer.decode(sample.ids[:-1] if sample.finished else sample.ids)
+            cut += not sample.finished
     texts = {row: text for share in ranks.gather(texts) for row, text in share.items()}
-    return [[texts[i, j] for j in range(options.k - len(item.written))] for i, item in enumerate(items)]
+    sampled = [[texts[i, j] for j in range(options.k - len(item.written))] for i, item in enumerate(items)]
+    return sampled, int(ranks.sum(cut)[0])
 
 
 def score_answers(item, answers, score, key):
@@ -179,9 +172,11 @@ def as_ranking(item, answers, ranks):
 
 
 def as_pairs(item, answers, ranks):
+    """Every pair of unequal answers. Silence is chosen in none: nobody would learn to say it."""
     meta = {} if item.meta is None else {"meta": item.meta}
     return [{"prompt": item.prompt, "chosen": better, "rejected": worse, **meta}
-            for better, high in zip(answers, ranks) for worse, low in zip(answers, ranks) if high < low]
+            for better, high in zip(answers, ranks) for worse, low in zip(answers, ranks)
+            if high < low and better.strip()]
 
 
 def rank_answers(items, sampled, score, options, counts):
@@ -218,11 +213,12 @@ def collect(options, ranks):
     score = load_scorer(options.scorer)
     model, tokenizer = load_folder(options.model, ranks.device, DTYPES[options.dtype])
     room = model.config.max_position_embeddings - options.max_new_tokens
-    counts = {"prompts": 0, "held_out": 0, "too_long": 0, "one_answer": 0, "duplicates": 0, "all_tied": 0}
+    counts = dict.fromkeys(("prompts", "bad", "held_out", "too_long", "cut", "one_answer", "duplicates",
+                            "all_tied"), 0)
     items = read_items(options, tokenizer, room, counts)
     stop = stop_ids(options.model, tokenizer) | {tokenizer.endoftext}
     sampling = time.monotonic()
-    sampled = sample_answers(model, tokenizer, items, stop, options, ranks)
+    sampled, counts["cut"] = sample_answers(model, tokenizer, items, stop, options, ranks)
     rate = sum(map(len, sampled)) / (time.monotonic() - sampling)
     if ranks.first:
         records = rank_answers(items, sampled, score, options, counts)
@@ -257,13 +253,17 @@ def report(options, counts, seconds, rate):
     return (f"{counts['records']:,} {what} of {counts['prompts']:,} prompts in {options.out}, "
             f"{seconds:.1f} s ({rate:.1f} answers/s)\n"
             f"answers: {score('sampled')}; {score('written')}; {counts['duplicates']:,} duplicates gone\n"
-            f"left out: {counts['held_out']:,} prompts held out, {counts['too_long']:,} too long, "
-            f"{counts['one_answer']:,} with one answer only; all answers tie in {counts['all_tied']:,}")
+            f"cut off by --max-new-tokens, and taken for whole ones from here on: {counts['cut']:,}\n"
+            f"left out: {counts['bad']:,} bad prompts, {counts['held_out']:,} held out, "
+            f"{counts['too_long']:,} too long, {counts['one_answer']:,} with one answer only; all answers tie "
+            f"in {counts['all_tied']:,}")
 
 
 def check_options(options):
     """Refuse what cannot work before anything is read or written."""
     out = Path(options.out)
+    if out.suffix == ".gz":
+        raise InputError(f"--out {out}: it is written as plain text; leave out the .gz")
     if out.is_dir():
         raise InputError(f"--out {out} is a folder; name a file")
     if out.exists() and not options.overwrite:

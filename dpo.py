@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from model import (Metrics, Ranks, Stepper, StopSignal, accumulate, autocast, choose_dtype, export_best,
                    fingerprint, finish_run, keep_best, learning_rate, load_folder, load_state, make_optimizer,
                    open_run, parallelize, process_group, save_folder, save_state, say)
-from tokenizer import (InputError, encode_chat, held_out, jsonl_files, name_of, one_line_errors, option,
+from tokenizer import (InputError, encode_answer, held_out, jsonl_files, name_of, one_line_errors, option,
                        parse_options, read_jsonl, record_ranking)
 
 
@@ -86,21 +86,17 @@ class Pair:
 # Data: JSONL -> rankings -> pairs -> tensors
 
 
-def encode_answer(tokenizer, prompt, answer):
-    """An Answer: what the assistant says in it is trained, with its <|im_end|>; nothing of the prompt."""
-    ids, trained = encode_chat(tokenizer, prompt + answer)
-    trained = np.array(trained)
-    trained[: len(encode_chat(tokenizer, prompt)[0])] = False  # what the assistant said before is given
-    return Answer(np.array(ids), trained)
-
-
 def draw_pairs(answers, ranks, count, seed, name):
     """Pairs of a ranking, by seed and prompt only: a best answer, and `count` different ones ranked lower.
 
     All pairs have one chosen answer, so that the model is not pulled to several at once; ties make no pair.
+    Nor does silence where it is the best: of an answer that is chosen more is trained than its <|im_end|>.
     """
-    random, best = Random(f"pairs {seed} {name}"), min(ranks)
-    chosen = random.choice([a for a, rank in zip(answers, ranks) if rank == best])
+    random, best = Random(f"pairs {seed} {name}"), min(ranks, default=1)
+    spoken = [a for a, rank in zip(answers, ranks) if rank == best and a.trained.sum() > 1]
+    if not spoken:
+        return []
+    chosen = random.choice(spoken)
     lower = [a for a, rank in zip(answers, ranks) if rank > best]
     return [Pair(chosen, rejected) for rejected in random.sample(lower, min(count, len(lower)))]
 
@@ -112,7 +108,8 @@ def read_pairs(files, tokenizer, options, counts):
         for number, record in read_jsonl(file):
             try:
                 prompt, answers, ranks = record_ranking(record)
-                answers = [encode_answer(tokenizer, prompt, answer) for answer in answers]
+                encoded = [encode_answer(tokenizer, prompt, answer) for answer in answers]
+                answers = [Answer(np.array(ids), np.array(trained)) for ids, trained in encoded]
             except InputError as error:
                 if not options.skip_bad:
                     place = f"{file}:{number}"
@@ -121,10 +118,9 @@ def read_pairs(files, tokenizer, options, counts):
                 continue
             short = [(a, rank) for a, rank in zip(answers, ranks) if len(a.ids) <= options.max_length]
             counts["too_long"] += len(answers) - len(short)
-            if len({rank for _, rank in short}) < 2:
-                counts["no_pair"] += 1
-                continue
-            drawn = draw_pairs(*zip(*short), options.pairs_per_prompt, options.seed, name_of(prompt))
+            kept, their_ranks = [a for a, _ in short], [rank for _, rank in short]
+            drawn = draw_pairs(kept, their_ranks, options.pairs_per_prompt, options.seed, name_of(prompt))
+            counts["no_pair"] += not drawn
             pairs += [(held_out(prompt), pair) for pair in drawn]
     return pairs
 
@@ -139,6 +135,8 @@ def split_pairs(options, tokenizer, counts):
         train, valid = [p for held, p in pairs if not held], [p for held, p in pairs if held]
     if not train:
         raise InputError(f"{' '.join(options.data)}: no pair left to train on")
+    if options.valid and not valid:
+        raise InputError(f"{options.valid}: no pair left to validate on")
     return train, valid or train[:1]
 
 

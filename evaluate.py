@@ -38,8 +38,9 @@ from tqdm import tqdm
 
 from model import (DTYPES, RewardModel, bits_per_byte, generate, load_folder, process_group, read_json, say,
                    stop_ids, write_json)
-from tokenizer import (InputError, check_messages, encode_chat, load_scorer, messages_of, one_line_errors,
-                       option, parse_options, read_jsonl, read_tokens, write_whole)
+from tokenizer import (InputError, check_messages, encode_answer, encode_chat, load_scorer, messages_of,
+                       one_line_errors, option, parse_options, prompt_messages, read_jsonl, read_tokens,
+                       write_whole)
 
 
 @dataclass(kw_only=True)
@@ -339,12 +340,6 @@ def pad_right(rows, device):
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
 
 
-def dialogue(prompt, answer):
-    """The messages of a prompt and of its answer, each a text or a message list."""
-    said = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
-    return messages_of(prompt) + said
-
-
 @torch.inference_mode()
 def reward_scores(judge, asked, options, ranks):
     """The reward model's score of each (prompt, answer, whether it ended): floats, None beyond its context.
@@ -353,8 +348,8 @@ def reward_scores(judge, asked, options, ranks):
     alike, so equal dialogues are scored once.
     """
     model, tokenizer = judge
-    rows = [tuple(encode_chat(tokenizer, dialogue(prompt, answer))[0][: None if ended else -1])
-            for prompt, answer, ended in asked]
+    rows = [tuple(encode_answer(tokenizer, messages_of(prompt), messages_of(answer, "assistant"))[0]
+                  [: None if ended else -1]) for prompt, answer, ended in asked]
     longest, size, scores = model.config.max_position_embeddings, options.batch_size, {}
     order = sorted((row for row in dict.fromkeys(rows) if len(row) <= longest), key=len)
     batches = [order[first : first + size] for first in range(0, len(order), size)]
@@ -426,8 +421,9 @@ def read_rankings(path, lists):
         try:
             if not all(isinstance(own, list) and len(own) == len(found[0]) for own in found):
                 raise InputError(f"expected lists of one length: {', '.join(lists)}")
+            prompt_messages(record)
             for answer in found[0]:
-                check_messages(dialogue(record.get("prompt"), answer))
+                check_messages(messages_of(answer, "assistant"))
         except InputError as error:
             raise InputError(f"{path}:{number}: {error}") from None
         yield {**record, "meta": record.get("meta") or {}, "lang": lang_of(record)}

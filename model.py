@@ -410,8 +410,9 @@ class RewardModel(nn.Module):
         """Nothing to tie: the head is its own."""
 
     def forward(self, ids, positions=None, documents=None):
-        """ids (B, T) -> scores (B, T), fp32."""
-        return self.score(self.model(ids, positions, documents))[..., 0].float()
+        """ids (B, T) -> scores (B, T), in fp32 under autocast too: in bf16 scores near 8 are .06 apart."""
+        hidden = self.model(ids, positions, documents).float()  # (B, T, H)
+        return (hidden * self.score.weight[0].float()).sum(-1)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1234,6 +1235,7 @@ def load_folder(folder, device="cpu", dtype=torch.float32, kind=CausalLM):
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(f"{folder}: its tokenizer has {tokenizer.vocab_size} ids, the model "
                          f"{config.vocab_size}: it is another model's")
+    tokenizer.unused_ids = frozenset(range(config.vocab_size)) - tokenizer.bytes_of.keys()
     return model, tokenizer
 
 
@@ -1375,14 +1377,19 @@ def save_folder(folder, model, tokenizer, changes=None, max_shard=5 * 2**30):
 NOT_COPIED = ("run.json", "metrics.jsonl", "model.safetensors.index.json", "adapter_config.json", *FILES)
 
 
-def stop_ids(folder, tokenizer):
-    """Ids that end an answer: eos_token_id (a number or a list) of generation_config.json, or config.json."""
+def eos_ids(folder):
+    """eos_token_id (a number or a list) of generation_config.json, or else config.json, as a list."""
     for name in ("generation_config.json", "config.json"):
         path = Path(folder) / name
         eos = read_json(path).get("eos_token_id") if path.exists() else None
         if eos is not None:
-            return set(eos if isinstance(eos, list) else [eos])
-    return {i for i in (tokenizer.im_end, tokenizer.endoftext) if i is not None}
+            return eos if isinstance(eos, list) else [eos]
+    return []
+
+
+def stop_ids(folder, tokenizer):
+    """Ids that end an answer: the folder's, and what ends one in a chat, which a base model's need not have."""
+    return {*(eos_ids(folder) or [tokenizer.endoftext]), tokenizer.im_end} - {None}
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from model import (Metrics, RewardModel, Stepper, StopSignal, accumulate, autocast, choose_dtype, fingerprint,
+from model import (Metrics, QuantizedLinear, RewardModel, Stepper, StopSignal, accumulate, autocast, choose_dtype, fingerprint,
                    finish_run, generate, learning_rate, load_folder, load_state, make_optimizer, open_run,
                    parallelize, process_group, save_folder, save_state, say, write_text)
-from tokenizer import (InputError, encode_chat, held_out, jsonl_files, load_scorer, messages_of,
-                       one_line_errors, option, parse_options, read_jsonl)
+from tokenizer import (InputError, encode_chat, held_out, jsonl_files, load_scorer, one_line_errors, option,
+                       parse_options, prompt_messages, read_jsonl)
 
 
 @dataclass(kw_only=True)
@@ -112,33 +112,21 @@ class Models:
 # Data: JSONL -> prompts -> the prompts of a step
 
 
-def encode_prompt(tokenizer, record):
-    """The record's prompt (a message list, or the user's words) with the head of the answer, as ids."""
-    if "prompt" not in record:
-        raise InputError("no `prompt`")
-    messages = messages_of(record["prompt"])
-    ids, _ = encode_chat(tokenizer, messages, generation_prompt=True)
-    if messages[-1]["role"] == "assistant":
-        raise InputError("the last message is the assistant's: there is nothing to answer")
-    if not isinstance(record.get("meta", {}), dict):
-        raise InputError("meta must be an object")
-    return ids
-
-
 def read_prompts(files, tokenizer, options, counts):
     """All prompts that fit. Counts what is bad, held out, and too long."""
     prompts = []
     for file in files:
         for number, record in read_jsonl(file):
             try:
-                ids = encode_prompt(tokenizer, record)
+                messages = prompt_messages(record)
+                ids, _ = encode_chat(tokenizer, messages, generation_prompt=True)
             except InputError as error:
                 if not options.skip_bad:
                     place = f"{file}:{number}"
                     raise InputError(f"{place}: {error} (--skip-bad goes on without such lines)") from None
                 counts["bad"] += 1
                 continue
-            if options.train_part and held_out(messages_of(record["prompt"])):
+            if options.train_part and held_out(messages):
                 counts["held_out"] += 1
                 continue
             if len(ids) > options.max_length:
@@ -439,7 +427,8 @@ def open_samples(out, step):
     path = Path(out) / "samples.jsonl"
     lines = path.read_text("utf-8").split("\n")[:-1] if path.exists() else []  # whole ones
     write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
-    return open(path, "a", encoding="utf-8")
+    # half of a surrogate pair, which only JSON can spell, stays spelled so: \udXXX
+    return open(path, "a", encoding="utf-8", errors="backslashreplace")
 
 
 def load_models(options, ranks):
@@ -449,6 +438,9 @@ def load_models(options, ranks):
     guesses nothing yet.
     """
     policy, tokenizer = load_folder(options.model, ranks.device)
+    if any(isinstance(module, QuantizedLinear) for module in policy.modules()):
+        raise InputError(f"{options.model}: a quantized model is not trained further; start from the one that "
+                         "it was made from")
     reference, _ = load_folder(options.model, ranks.device)
     reward = None
     if options.reward:
@@ -497,8 +489,8 @@ def train(options, ranks):
     """The whole run; returns the exit status."""
     check_options(options, ranks)
     scorer = load_scorer(options.rules) if options.rules else None
-    *loaded, tokenizer = load_models(options, ranks)
     counts, files = {"bad": 0, "held_out": 0, "too_long": 0}, jsonl_files(options.data)
+    *loaded, tokenizer = load_models(options, ranks)
     prompts = read_prompts(files, tokenizer, options, counts)
     run, state = open_run("ppo", options, ranks, run_inputs(options, files))
     dtype, pad = choose_dtype(options, ranks, run), tokenizer.pad or 0

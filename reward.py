@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from model import (Metrics, RewardModel, Stepper, StopSignal, accumulate, autocast, choose_dtype,
                    export_best, fingerprint, finish_run, keep_best, learning_rate, load_folder, load_state,
                    make_optimizer, open_run, parallelize, process_group, save_folder, save_state, say)
-from tokenizer import (InputError, encode_chat, held_out, jsonl_files, one_line_errors, option, parse_options,
+from tokenizer import (InputError, encode_answer, held_out, jsonl_files, one_line_errors, option, parse_options,
                        read_jsonl, record_ranking, write_whole)
 
 
@@ -82,7 +82,7 @@ def read_rankings(files, tokenizer, options, counts):
         for number, record in read_jsonl(file):
             try:
                 prompt, answers, ranks = record_ranking(record)
-                encoded = [np.array(encode_chat(tokenizer, prompt + answer)[0]) for answer in answers]
+                encoded = [np.array(encode_answer(tokenizer, prompt, answer)[0]) for answer in answers]
             except InputError as error:
                 if not options.skip_bad:
                     place = f"{file}:{number}"
@@ -112,6 +112,8 @@ def split_rankings(options, tokenizer, counts):
         train, valid = [r for held, r in rankings if not held], [r for held, r in rankings if held]
     if not train:
         raise InputError(f"{' '.join(options.data)}: no ranking left to train on")
+    if options.valid and not valid:
+        raise InputError(f"{options.valid}: no ranking left to validate on")
     return train, valid or train[:1]
 
 
@@ -221,7 +223,7 @@ def train_step(model, batches, pad, ranks, context, scale):
 
 @torch.no_grad()
 def score_all(model, rankings, pad, device, context, size=128):
-    """Scores of every answer of every ranking: a list of lists of floats."""
+    """Scores of every answer of every ranking, about `size` at a time: a list of lists of floats."""
     scores = []
     for batch in micro_batches(rankings, size):
         ids, last = (x.to(device) for x in collate(batch, pad))
@@ -236,20 +238,20 @@ def calibration_error(margins, bins=10):
 
     margins (P,): r_better - r_worse of each pair. The answer of a pair that scores higher is taken for the
     better one, with confidence sigmoid(|margin|) in [0.5, 1]; that is compared, bin by bin, with how often it
-    was the better one.
+    was the better one, equal scores counting half.
     """
-    confidence, right = 1 / (1 + np.exp(-np.abs(margins))), np.asarray(margins) > 0
+    confidence, right = 1 / (1 + np.exp(-np.abs(margins))), 0.5 + 0.5 * np.sign(margins)
     place = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
     gaps = [abs(confidence[place == b].sum() - right[place == b].sum()) for b in range(bins)]
     return float(sum(gaps) / len(margins))
 
 
-def validate(model, rankings, pad, ranks, context):
+def validate(model, rankings, pad, ranks, context, size):
     """({metric: value} over the validation rankings, the scores of their answers).
 
     length_accuracy is that of a judge who prefers the longer answer: what a reward model has to beat.
     """
-    scores = score_all(model, rankings, pad, ranks.device, context)
+    scores = score_all(model, rankings, pad, ranks.device, context, size or 128)
     margins, longer, loss = [], [], 0.0
     for ranking, own in zip(rankings, scores):
         better, worse, weight = pair_indices([ranking])
@@ -299,6 +301,7 @@ def train(options, ranks):
                           {"model": fingerprint(weights), "data": fingerprint(files)})
 
     model, dtype = reward_model(causal, options.seed), choose_dtype(options, ranks, run)
+    del causal  # its own head may be large
     optimizer = make_optimizer(model, options.lr, options.weight_decay, betas=(0.9, 0.95))
     stepper = Stepper(optimizer, dtype, options.clip)
     record = {"step": 0, "tokens": 0, "best": math.inf, "worse": 0, "seconds": 0.0}
@@ -335,7 +338,7 @@ def train(options, ranks):
                       skipped=stepper.skipped)
         last = step + 1 == len(steps)
         if last or (step + 1) % options.eval_every == 0:
-            found, _ = validate(model, valid_set, pad, ranks, context)
+            found, _ = validate(model, valid_set, pad, ranks, context, options.micro_batch)
             metrics.write(step + 1, **found)
             keep_best(options, ranks, record, found["valid_loss"], model)
             last = last or 0 < options.patience <= record["worse"]
@@ -350,7 +353,7 @@ def train(options, ranks):
             return 130
     metrics.close()
     export_best(options, ranks, model)
-    _, scores = validate(model, valid_set, pad, ranks, context)
+    _, scores = validate(model, valid_set, pad, ranks, context, options.micro_batch)
     return finish_run(options, ranks, run | {"left_out": counts}, record,
                       lambda: export(options, model, tokenizer, valid_set, scores))
 

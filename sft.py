@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from model import (Metrics, Stepper, StopSignal, accumulate, add_lora, autocast, choose_compile, choose_dtype,
-                   export_best, fingerprint, finish_run, keep_best, learning_rate, load_folder, load_state,
-                   make_optimizer, merge_lora, open_run, parallelize, process_group, read_json, save_adapter,
-                   save_folder, save_state, say, train_rows_only)
+                   eos_ids, export_best, fingerprint, finish_run, keep_best, learning_rate, load_folder,
+                   load_state, make_optimizer, merge_lora, open_run, parallelize, process_group, read_json,
+                   save_adapter, save_folder, save_state, say, train_rows_only, write_json)
 from tokenizer import (InputError, encode_chat, held_out, jsonl_files, messages_of, one_line_errors, option,
                        parse_options, read_jsonl, read_tokens)
 
@@ -133,6 +133,8 @@ def split_examples(options, tokenizer, counts):
         train, valid = [e for held, e in examples if not held], [e for held, e in examples if held]
     if not train:
         raise InputError(f"{' '.join(options.data)}: no example left to train on")
+    if options.valid and not valid:
+        raise InputError(f"{options.valid}: no example left to validate on")
     return train, valid or train[:1]
 
 
@@ -357,6 +359,10 @@ def export(options, model, tokenizer, new_rows):
         save_adapter(options.out, model, options.model, options.lora, options.lora_alpha, new_rows)
     else:
         save_folder(options.out, merge_lora(model), tokenizer)
+        eos, path = eos_ids(options.out), Path(options.out) / "generation_config.json"
+        if tokenizer.im_end not in eos:  # a base model's, which ended documents alone
+            other = read_json(path) if path.exists() else {}
+            write_json(path, other | {"eos_token_id": [tokenizer.im_end, *eos]})
 
 
 def check_options(options, ranks):

@@ -353,6 +353,7 @@ class Tokenizer:
     endoftext, im_start, im_end, pad: ids, None where a foreign tokenizer has no such token. Of one without
     ChatML, im_end is what ends an answer in its chat template, endoftext its bos, with which documents begin,
     and document_end its eos, with which they end; for others the next document's beginning says the end.
+    unused_ids: rows of its model that no token has (Qwen's has some), which sampling may give: no text.
     hash: sha256 of all that decides the ids.
     """
 
@@ -364,7 +365,7 @@ class Tokenizer:
         self.vocab, self.merges, self.pattern, self.nfc, self.spaces = vocab, merges, pattern, nfc, spaces
         self.special_tokens, self.added_tokens = special_tokens, added_tokens
         self.endoftext, self.im_start, self.im_end, self.pad = map(special_tokens.get, SPECIAL_TOKENS[:4])
-        self.document_end = None
+        self.document_end, self.unused_ids = None, frozenset()
         self.special_ids, named = frozenset(special_tokens.values()), special_tokens | added_tokens
         self.bytes_of = {id: spell(token, spaces) for token, id in vocab.items() if token not in named}
         # Llama 3: a word that is in the vocabulary is one token, whatever the merges.
@@ -475,7 +476,7 @@ class Tokenizer:
 
         starts: nothing was decoded before them, so a space that SentencePiece added is taken off.
         """
-        hidden = self.special_ids if skip_special_tokens else ()
+        hidden = self.unused_ids | self.special_ids if skip_special_tokens else self.unused_ids
         try:
             data = b"".join([self.bytes_of[id] for id in map(int, ids) if id not in hidden])
         except KeyError as error:
@@ -501,8 +502,12 @@ class Tokenizer:
         try:
             tokenizer = cls(*parse_tokenizer_json(json.loads(files["tokenizer.json"])))
             path = path.with_name("tokenizer_config.json")
+            config = json.loads(files.get("tokenizer_config.json", b"{}"))
+            names = token_names(config)
             if tokenizer.im_start is None:
-                read_foreign_chat(tokenizer, files)
+                read_foreign_chat(tokenizer, files, config, names)
+            if tokenizer.pad is None:
+                tokenizer.pad = find_pad(tokenizer, names)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError, regex.error) as error:
@@ -612,6 +617,20 @@ def encode_chat(tokenizer, messages, generation_prompt=False):
     return ids, trained
 
 
+def encode_answer(tokenizer, prompt, answer):
+    """A prompt and an answer to it, message lists -> (ids, trained): only the answer is trained, and ends them.
+
+    The answer stands after the very ids that it would be sampled after. A template may write a dialogue in
+    another way once it is answered: Mistral's moves the system's words, others put a line break at the end.
+    """
+    head, _ = encode_chat(tokenizer, prompt, generation_prompt=True)
+    ids, trained = encode_chat(tokenizer, prompt + answer)
+    starts = [t for t, own in enumerate(trained) if own and not trained[t - 1]]
+    begin = starts[-sum(message["role"] == "assistant" for message in answer)]
+    end = len(trained) - trained[::-1].index(True)
+    return head + ids[begin:end], [False] * len(head) + trained[begin:end]
+
+
 def encode_foreign_chat(tokenizer, messages, generation_prompt):
     """`encode_chat` by a tokenizer's own chat_template: the ids that transformers gives.
 
@@ -693,12 +712,15 @@ def compile_template(source):
     return environment.from_string(source)
 
 
-def read_foreign_chat(tokenizer, files):
-    """A tokenizer without ChatML takes from its files: chat_template, borders of documents, im_end, pad."""
-    config, names = json.loads(files.get("tokenizer_config.json", b"{}")), {}
-    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        name = config.get(key)
-        names |= {key: name["content"] if isinstance(name, dict) else name} if name else {}
+def token_names(config):
+    """{"bos_token": name, ...} of a tokenizer_config.json, as far as it has them."""
+    keys = ("bos_token", "eos_token", "unk_token", "pad_token")
+    names = {key: config[key] for key in keys if config.get(key)}
+    return {key: name["content"] if isinstance(name, dict) else name for key, name in names.items()}
+
+
+def read_foreign_chat(tokenizer, files, config, names):
+    """A tokenizer without ChatML takes from its files: chat_template, borders of documents, im_end."""
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = {each["name"]: each["template"] for each in template}.get("default")
@@ -713,12 +735,18 @@ def read_foreign_chat(tokenizer, files):
         tokenizer.im_end = [id for id, answer in zip(ids, trained) if answer][-1]
     except InputError:  # told when a chat is to be encoded
         pass
-    taken = {names.get("bos_token"), names.get("eos_token")}
-    spare = [name for name in tokenizer.special_tokens if regex.match(r"<\|reserved_|\[control_|<unk>", name)]
-    free = tokenizer.special_tokens.keys() - taken
-    fit = [name for name in [names.get("pad_token"), *spare] if name in free]
-    if tokenizer.pad is None and fit:
-        tokenizer.pad = tokenizer.special_tokens[fit[0]]
+
+
+def find_pad(tokenizer, names):
+    """A foreign tokenizer's padding: its pad_token, else a spare special token, never one that ends an answer.
+
+    In ChatML, where that is <|im_end|> alone, it may be the <|endoftext|> between documents (Qwen's is).
+    """
+    chatml, special = tokenizer.im_start is not None, tokenizer.special_tokens
+    taken = {IM_END} if chatml else {names.get("bos_token"), names.get("eos_token")}
+    spare = [name for name in special if regex.match(r"<\|reserved_|\[control_|<unk>|<\|fim_pad", name)]
+    fit = [names.get("pad_token"), *spare, *([ENDOFTEXT] if chatml else [])]
+    return next((special[name] for name in fit if name in special and name not in taken), None)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1184,13 +1212,35 @@ def as_messages(side, role):
     return messages
 
 
+def as_answer(side, prompt):
+    """What the assistant said to a prompt, which a message list may begin with, as a message list."""
+    messages = as_messages(side, "assistant")
+    messages = messages[len(prompt) :] if messages[: len(prompt)] == prompt else messages
+    if messages[0]["role"] != "assistant":
+        raise InputError(f"an answer begins with the {messages[0]['role']}'s words, not the assistant's")
+    return messages
+
+
+def prompt_messages(record):
+    """The message list of a record's `prompt`, which is text (a user's message) or a message list."""
+    if "prompt" not in record:
+        raise InputError("no `prompt`")
+    messages = messages_of(record["prompt"])
+    check_messages(messages)
+    if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
+        raise InputError("a prompt ends with what a user says, and it is not empty")
+    if not isinstance(record.get("meta", {}), dict):
+        raise InputError("meta must be an object")
+    return messages
+
+
 def record_ranking(record):
     """(prompt, answers, ranks) of a preference: message lists, 1 for the best. A pair is a ranking of two."""
     if "prompt" not in record:
         raise InputError("no `prompt`")
     prompt = as_messages(record["prompt"], "user")
     if "chosen" in record and "rejected" in record:
-        answers, ranks = [as_messages(record[side], "assistant") for side in ("chosen", "rejected")], [1, 2]
+        answers, ranks = [as_answer(record[side], prompt) for side in ("chosen", "rejected")], [1, 2]
         if not answers[0][-1]["content"].strip():
             raise InputError("the chosen answer is empty")
     elif "completions" in record and "ranks" in record:
@@ -1200,7 +1250,7 @@ def record_ranking(record):
             raise InputError("`completions` and `ranks` must be lists of one length, 2 or more")
         if not all(type(rank) is int and rank >= 1 for rank in ranks):
             raise InputError(f"ranks are whole numbers from 1, the best; found {ranks!r:.40}")
-        answers = [as_messages(answer, "assistant") for answer in answers]
+        answers = [as_answer(answer, prompt) for answer in answers]
     else:
         raise InputError("neither `chosen` and `rejected` nor `completions` and `ranks`")
     return prompt, answers, ranks

@@ -98,6 +98,12 @@ def test_pairs_are_every_untied_pair_and_another_key_may_rank(folder):
         assert r["ranks"] == collect.ranks_of([c.count("e") for c in r["completions"]])
 
 
+def test_silence_is_chosen_in_no_pair():
+    item = collect.Item("Hi", None, [], [], "")
+    pairs = collect.as_pairs(item, [" ", "No.", "Yes."], [1, 2, 3])
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("No.", "Yes.")]
+
+
 def test_what_reward_and_dpo_hold_out_is_left_out_of_the_training_part(folder):
     write_jsonl(folder / "many.jsonl", [{"prompt": f"Where is house {n}?"} for n in range(80)])
     settings = {"data": folder / "many.jsonl", "k": 2, "max-new-tokens": 4}

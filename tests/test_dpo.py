@@ -14,7 +14,7 @@ import dpo
 from model import Ranks, autocast, load_folder, newest_state
 from test_pretrain import assert_same_run, metrics
 from tiny import ROOT, command_line, environment, launch, preferences, run, tiny, write_jsonl
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, encode_answer
 
 torch.set_num_threads(1)
 ONE = Ranks(0, 1, torch.device("cpu"))
@@ -81,17 +81,19 @@ def test_the_answer_and_its_end_count_and_nothing_of_the_prompt(tmp_path):
     assert all("shepherd" not in text and "sleep?" not in text for text in said)
     earlier = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ahoy!"},
                {"role": "user", "content": "再见"}]
-    answer = dpo.encode_answer(tokenizer, earlier, [{"role": "assistant", "content": "一路顺风。"}])
-    assert tokenizer.decode(answer.ids[answer.trained]) == "一路顺风。<|im_end|>"
+    ids, trained = encode_answer(tokenizer, earlier, [{"role": "assistant", "content": "一路顺风。"}])
+    assert tokenizer.decode(np.array(ids)[trained]) == "一路顺风。<|im_end|>"
 
 
 def test_a_ranking_gives_a_best_answer_and_lower_ones_and_never_a_tie():
-    answers = [dpo.Answer(np.array([n]), np.array([True])) for n in range(5)]
+    answers = [dpo.Answer(np.array([n, 9]), np.array([True, True])) for n in range(5)]
     for name in map(str, range(20)):
         pairs = dpo.draw_pairs(answers, [2, 1, 1, 3, 3], 9, 1, name)
         assert [int(p.chosen.ids[0]) in (1, 2) for p in pairs] == [True] * 3
         assert sorted(int(p.rejected.ids[0]) for p in pairs) == [0, 3, 4]
     assert dpo.draw_pairs(answers[:2], [1, 1], 9, 1, "tied") == []
+    silence = dpo.Answer(np.array([9]), np.array([True]))
+    assert dpo.draw_pairs([silence, *answers[:2]], [1, 2, 3], 9, 1, "silence is no model") == []
 
 
 def test_padding_and_the_split_into_micro_batches_change_nothing(tmp_path):

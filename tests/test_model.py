@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import model as m
+from pretrain import resize_embeddings
 from tiny import run, tiny
 from tokenizer import InputError, encode_chat
 
@@ -308,6 +309,17 @@ def test_a_token_that_was_cut_is_never_drawn():
     # 1 is the sum's very end, as rounding may give.
     ids, logprobs = m.sample(logits, torch.ones(1), m.Sampling(temperature=1.0, top_k=2))
     assert ids.item() in (0, 1) and logprobs.isfinite().all()
+
+
+def test_a_row_of_the_model_that_no_token_has_is_no_text(tmp_path):
+    model, tokenizer = m.load_folder(tiny() / "base")
+    size = model.config.vocab_size
+    resize_embeddings(model, size + 2)
+    m.save_folder(tmp_path, model, tokenizer, {"vocab_size": size + 2})
+    _, tokenizer = m.load_folder(tmp_path)
+    assert tokenizer.decode([*tokenizer.encode("Hi"), size, size + 1]) == "Hi"
+    with pytest.raises(InputError, match="not in the vocabulary"):
+        tokenizer.decode([size + 2])
 
 
 def test_uniforms_are_uniform_and_a_pure_function():

@@ -333,3 +333,16 @@ def test_the_probed_dtype_is_kept_for_when_the_run_is_resumed(tmp_path):
     options, record = ppo.Options(model="", data=[], out=str(tmp_path / "out")), {"stage": "ppo"}
     chosen = choose_dtype(options, ONE, record)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["dtype"] == chosen
+
+
+def test_a_quantized_model_is_refused_in_one_line(tmp_path, capsys):
+    assert run("quantize", "--model", tiny() / "base", "--out", tmp_path / "int4", "--group", 16) == 0
+    changes = {"model": tmp_path / "int4", "reward": "", "rules": rules(tmp_path)}
+    assert run("ppo", *ppo_arguments(tmp_path / "out", **changes)) == 2
+    assert "quantized" in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "out").exists()
+
+
+def test_meta_may_hold_half_of_a_surrogate_pair(tmp_path):
+    (tmp_path / "odd.jsonl").write_text('{"prompt": "Hi", "meta": {"x": "\\ud83d"}}\n')
+    assert run("ppo", *ppo_arguments(tmp_path / "out", data=tmp_path / "odd.jsonl", steps=1)) == 0
+    assert '\\ud83d' in (tmp_path / "out" / "samples.jsonl").read_text()

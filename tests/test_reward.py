@@ -15,7 +15,7 @@ import reward
 from model import Ranks, RewardModel, autocast, load_folder, newest_state
 from test_pretrain import assert_same_run, metrics
 from tiny import ROOT, command_line, environment, launch, preferences, run, tiny, write_jsonl
-from tokenizer import InputError, Tokenizer, encode_chat
+from tokenizer import InputError, Tokenizer, encode_chat, record_ranking
 
 torch.set_num_threads(1)
 ONE = Ranks(0, 1, torch.device("cpu"))
@@ -141,6 +141,15 @@ def test_calibration_error_is_zero_where_confidence_is_as_often_right():
     margin = math.log(3)  # sigmoid: .75
     assert reward.calibration_error(np.array([margin] * 3 + [-margin])) == pytest.approx(0.0, abs=1e-12)
     assert reward.calibration_error(np.array([margin] * 4)) == pytest.approx(0.25)
+
+
+def test_equal_scores_are_well_calibrated_and_a_dialogue_may_repeat_its_prompt():
+    assert reward.calibration_error(np.zeros(6)) == 0
+    asked, said = ({"role": role, "content": "Hi"} for role in ("user", "assistant"))
+    record = {"prompt": "Hi", "chosen": [asked, said], "rejected": "No."}
+    assert record_ranking(record)[1][0] == [said]
+    with pytest.raises(InputError, match="begins with the user's words"):
+        record_ranking(record | {"rejected": [{**asked, "content": "Oh"}, said]})
 
 
 def test_bad_records_are_told_with_file_and_line_or_counted(tmp_path, capsys):

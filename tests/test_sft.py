@@ -1,6 +1,7 @@
 """What sft.py promises: only answers are trained, packing changes nothing, transformers and peft load it."""
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given, strategies as st
 
 import sft
-from model import Ranks, autocast, load_folder, newest_state
+from model import Ranks, autocast, load_folder, newest_state, stop_ids
 from test_pretrain import assert_same_run, metrics
 from tiny import ROOT, command_line, dialogues, environment, launch, run, sft_arguments, tiny, write_jsonl
 from tokenizer import InputError, Tokenizer, encode_chat
@@ -150,6 +151,18 @@ def logits_of(model, ids):
     with torch.no_grad():
         out = model(ids)
     return getattr(out, "logits", out)
+
+
+def test_a_base_model_that_ended_documents_alone_ends_answers_too(tmp_path):
+    """Qwen's base models have <|endoftext|> alone for eos; whoever reads the folder must stop at <|im_end|>."""
+    shutil.copytree(tiny() / "base", tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": 0, "top_k": 5}')
+    arguments = sft_arguments(tiny(), tmp_path / "sft", epochs=1, model=tmp_path / "base")
+    assert run("sft", *arguments[2:]) == 0
+    t = Tokenizer.load(tmp_path / "sft")
+    found = json.loads((tmp_path / "sft" / "generation_config.json").read_text())
+    assert found == {"eos_token_id": [t.im_end, 0], "top_k": 5}
+    assert stop_ids(tmp_path / "base", t) == stop_ids(tmp_path / "sft", t) == {0, t.im_end}
 
 
 def test_the_folder_answers_alike_in_transformers(tmp_path):

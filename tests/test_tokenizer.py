@@ -17,14 +17,18 @@ from hypothesis import strategies as st
 
 import tokenizer as module
 from tokenizer import (
+    ENDOFTEXT,
     FIRST_MERGE,
     GPT2_PATTERN,
+    IM_END,
+    IM_START,
     QWEN2_PATTERN,
     SPECIAL_TOKENS,
     InputError,
     StreamDecoder,
     Tokenizer,
     count_words,
+    encode_answer,
     encode_chat,
     encode_naive,
     main,
@@ -551,6 +555,48 @@ def test_foreign_chats_are_encoded_as_by_transformers(foreign_chat, contents, ge
     answers = ours.decode([id for id, answer in zip(ids, trained) if answer])
     end = ours.bytes_of[ours.im_end].decode()
     assert [text.strip() for text in answers.split(end)[:-1]] == [text.strip() for text in contents[1::2]]
+
+
+# Zephyr's puts a line break after an answer's end; Mistral v0.3's moves the system's words to the last question.
+ZEPHYR_CHAT = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + eos_token + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+SYSTEM_LAST_CHAT = (
+    "{{ bos_token }}{% for m in messages[1:] %}{% if m['role'] == 'user' %}"
+    "{{ '[INST] ' + (messages[0]['content'] + '\\n\\n' if loop.last else '') + m['content'] + '[/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [ZEPHYR_CHAT, SYSTEM_LAST_CHAT, None])
+def test_an_answer_stands_after_what_it_is_sampled_after_and_ends_with_its_end(folder, tmp_path, template):
+    tokenizer = Tokenizer.load(folder)
+    if template:
+        (tmp_path / "tokenizer.json").write_text(json.dumps(byte_fallback_json(TEXTS, **LEGACY)))
+        config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        tokenizer = Tokenizer.load(tmp_path)
+    prompt = [{"role": "system", "content": "You are a shepherd of the island."}]
+    for said in ("Hi", "Hello!", "And now?"):
+        prompt += [{"role": "user", "content": said}, {"role": "assistant", "content": "Baa."}]
+    ids, trained = encode_answer(tokenizer, prompt[:-1], [{"role": "assistant", "content": "Ahoy there!"}])
+    head, _ = encode_chat(tokenizer, prompt[:-1], generation_prompt=True)
+    end = tokenizer.decode([tokenizer.im_end])
+    assert ids[: len(head)] == head and ids[-1] == tokenizer.im_end and not any(trained[: len(head)])
+    assert tokenizer.decode([id for id, own in zip(ids, trained) if own]).replace(" ", "") == f"Ahoythere!{end}"
+
+
+@pytest.mark.parametrize("pad_token, expected", [(ENDOFTEXT, ENDOFTEXT), (IM_END, ENDOFTEXT), (None, ENDOFTEXT)])
+def test_a_chatml_tokenizer_without_a_pad_pads_with_what_ends_no_answer(folder, tmp_path, pad_token, expected):
+    def take_pad(data):
+        kept = (ENDOFTEXT, IM_START, IM_END)
+        data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] in kept]
+
+    foreign = changed(folder, tmp_path, take_pad)
+    (foreign / "tokenizer_config.json").write_text(json.dumps({"pad_token": pad_token, "eos_token": IM_END}))
+    tokenizer = Tokenizer.load(foreign)
+    assert tokenizer.pad == tokenizer.special_tokens[expected] != tokenizer.im_end
 
 
 def test_a_foreign_chat_can_forge_no_token(foreign_chat):
