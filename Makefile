@@ -1,12 +1,12 @@
 # make              the whole pipeline on the island, a small world of known truth, to run/report.html
 # make test         the tests (TESTS=tests/test_sft.py and PYTEST_ARGS="-k resume" narrow them down)
 # make test-all     the tests with the slow ones
-# make chat         talk to the newest model
+# make chat         talk to the last stage's model
 # make hacking      PPO without its KL penalty: what it costs to trust the reward model
 # make seeds        the pipeline for each of SEEDS="1 2 3", then the mean of their reports
 # make clean        remove the artifacts of this world, not .venv
 #
-# PRESET=tiny       everything small, in two minutes                              artifacts in run-tiny/
+# PRESET=tiny       everything small, in one or two minutes                       artifacts in run-tiny/
 # SEED=7            another world                                                 artifacts in run-seed7/
 # DATA=folder       your own text: folder/{pretrain,sft,preference,prompts}       artifacts in run-data/
 # SCORER=f.py:name  with DATA: ranks answers sampled to preference's prompts, and judges those to prompts/

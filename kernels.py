@@ -2,7 +2,7 @@
 
 The twin (`..._reference`) is the specification and runs anywhere; the kernel (`..._triton`) must equal it and
 runs on a GPU; the function without a suffix picks one. Every sum is taken in a fixed order, so that a run
-repeats bit by bit. Letters: N rows (tokens of a batch laid end to end), H hidden size, V vocabulary.
+repeats bit for bit. Letters: N rows (tokens of a batch laid end to end), H hidden size, V vocabulary.
 """
 
 import os
