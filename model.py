@@ -22,7 +22,6 @@ import json
 import math
 import os
 import pickle
-import re
 import shutil
 import signal
 import sys
@@ -48,7 +47,7 @@ from tqdm import tqdm
 
 from kernels import linear_logprob, rms_norm
 from tokenizer import (FILES, InputError, StreamDecoder, Tokenizer, encode_chat, one_line_errors, option,
-                       parse_options)
+                       parse_options, write_whole)
 
 # ---------------------------------------------------------------------------------------------------------
 # The decoder
@@ -73,28 +72,16 @@ class Config:
     mlp_bias: bool = False
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # {"rope_type": one of ROPES, and what it needs}
-    sliding_window: int | None = None  # how many tokens, itself included, a token of those layers sees
-    layer_types: list[str] | None = None  # "full_attention" or "sliding_attention" for each layer
+    windows: list[int | None] | None = None  # how many tokens, itself included, a token of each layer sees
     num_experts: int = 0
     num_experts_per_tok: int = 8
     moe_intermediate_size: int = 768
     norm_topk_prob: bool = False
     sparse_layers: tuple[int, ...] = ()  # those with experts
 
-    @property
-    def windows(self):
-        """For each layer: how far back a token sees, or None for all the way."""
-        kinds = self.layer_types or ["full_attention"] * self.num_hidden_layers
-        return [self.sliding_window if kind == "sliding_attention" else None for kind in kinds]
 
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension (Zhang & Sennrich 2019, eq. 4)."""
-
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight over the last dimension (Zhang & Sennrich 2019, eq. 4), by kernels.py."""
 
     def forward(self, x):
         return rms_norm(x, self.weight, self.eps)
@@ -117,33 +104,24 @@ def llama3_frequencies(config: Config, frequency):
 
 
 def yarn_frequencies(config: Config, frequency):
-    """YaRN (Peng et al. 2023, section 3.2): as llama3's, with a ramp over dimensions instead of turns."""
+    """YaRN (Peng et al. 2023, section 3.2): as llama3's, with a ramp over dimensions instead of turns.
+
+    And what cos and sin are multiplied with, so that attention is as sharp as before (eq. 22).
+    """
     rope, D = config.rope_scaling, config.head_dim
-
-    def dimension(turns):  # of the pair that turns so often in the trained context
-        length = rope["original_max_position_embeddings"]
-        return D * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
-
-    first, last = dimension(rope.get("beta_fast") or 32), dimension(rope.get("beta_slow") or 1)
+    # The pairs that turn so often in the trained context.
+    first, last = (D * math.log(rope["original_max_position_embeddings"] / (turns * 2 * math.pi))
+                   / (2 * math.log(config.rope_theta))
+                   for turns in (rope.get("beta_fast", 32), rope.get("beta_slow", 1)))
     if rope.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, D - 1)
     pairs = torch.arange(D // 2, dtype=torch.float32, device=frequency.device)
     divided = ((pairs - first) / (last - first or 0.001)).clamp(0, 1)  # (D/2,)
-    return divided * frequency / rope["factor"] + (1 - divided) * frequency
-
-
-def yarn_attention_factor(rope):
-    """What cos and sin are multiplied with, so that attention is as sharp as before (eq. 22)."""
-    if rope.get("attention_factor") is not None:
-        return rope["attention_factor"]
-
-    def sharpness(mscale):
-        return 1.0 if rope["factor"] <= 1 else 0.1 * mscale * math.log(rope["factor"]) + 1.0
-
-    if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return sharpness(rope["mscale"]) / sharpness(rope["mscale_all_dim"])
-    return sharpness(1.0)
+    both, stretch = rope.get("mscale") and rope.get("mscale_all_dim"), math.log(max(rope["factor"], 1))
+    over, under = (rope["mscale"], rope["mscale_all_dim"]) if both else (1.0, 0.0)
+    scale = rope.get("attention_factor", (0.1 * over * stretch + 1.0) / (0.1 * under * stretch + 1.0))
+    return divided * frequency / rope["factor"] + (1 - divided) * frequency, scale
 
 
 def rotary(positions, config: Config):
@@ -152,17 +130,16 @@ def rotary(positions, config: Config):
     Made in fp32 in each forward, never stored: a stored table would be cast with the weights, and in bf16
     neighbouring positions beyond 256 share one angle.
     """
-    rope = config.rope_scaling or {"rope_type": "default"}
-    dynamic = rope["rope_type"] == "dynamic"
-    theta = dynamic_theta(config, int(positions.max()) + 1) if dynamic else config.rope_theta
+    kind = (config.rope_scaling or {}).get("rope_type")
+    theta = dynamic_theta(config, int(positions.max()) + 1) if kind == "dynamic" else config.rope_theta
     pairs = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
     frequency, scale = 1.0 / theta ** (pairs / config.head_dim), 1.0  # (D/2,)
-    if rope["rope_type"] == "linear":
-        frequency = frequency / rope["factor"]
-    if rope["rope_type"] == "llama3":
+    if kind == "linear":
+        frequency = frequency / config.rope_scaling["factor"]
+    if kind == "llama3":
         frequency = llama3_frequencies(config, frequency)
-    if rope["rope_type"] == "yarn":
-        frequency, scale = yarn_frequencies(config, frequency), yarn_attention_factor(rope)
+    if kind == "yarn":
+        frequency, scale = yarn_frequencies(config, frequency)
     angles = positions[:, None, :, None].float() * frequency  # (B, 1, T, D/2)
     return angles.cos() * scale, angles.sin() * scale
 
@@ -180,7 +157,7 @@ class Attention(nn.Module):
         super().__init__()
         N, G = config.num_attention_heads, config.num_key_value_heads
         D, H = config.head_dim, config.hidden_size
-        self.head_dim = D
+        self.head_dim, self.grouped = D, N != G
         bias, normed = config.attention_bias, config.model_type.startswith("qwen3")
         self.q_proj = nn.Linear(H, N * D, bias=bias)
         self.k_proj = nn.Linear(H, G * D, bias=bias)
@@ -188,7 +165,6 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(N * D, H, bias=bias and config.model_type != "qwen2")
         self.q_norm = RMSNorm(D, config.rms_norm_eps) if normed else nn.Identity()
         self.k_norm = RMSNorm(D, config.rms_norm_eps) if normed else nn.Identity()
-        self.grouped = N != G
 
     def forward(self, x, cos, sin, mask, cache=None, layer=0):
         B, T, _ = x.shape
@@ -246,11 +222,9 @@ class Experts(nn.Module):
             self.counts, self.balance = counts, balancing_loss(counts, probabilities)
             self.router_z = logits.logsumexp(-1).square().mean()
         choice = chosen.flatten().argsort(stable=True)  # (B T k,), those of an expert together
-        row = choice // self.chosen
         run = self.run_grouped if self.can_group(tokens) else self.run_each
-        y = run(tokens[row], counts)  # (B T k, H)
-        y = y * weights.flatten()[choice, None].to(y.dtype)
-        return torch.zeros_like(tokens, dtype=y.dtype).index_add_(0, row, y).view_as(x)
+        y = run(tokens[choice // self.chosen], counts)[choice.argsort()]  # (B T k, H), a token's together
+        return (y.unflatten(0, weights.shape) * weights[..., None].to(y.dtype)).sum(1).view_as(x)
 
     def run_each(self, rows, counts):
         """rows (B T k, H) through the experts, the first `counts[0]` of them through the first, and so on."""
@@ -286,8 +260,7 @@ def balancing_loss(counts, probabilities):
 def router_losses(model):
     """(balancing loss, z-loss (Zoph et al. 2022, eq. 5)) of the last forward, means over its layers."""
     layers = [module for module in model.modules() if isinstance(module, Experts)]
-    return (sum(layer.balance for layer in layers) / len(layers),
-            sum(layer.router_z for layer in layers) / len(layers))
+    return [sum(getattr(layer, name) for layer in layers) / len(layers) for name in ("balance", "router_z")]
 
 
 class Block(nn.Module):
@@ -296,8 +269,7 @@ class Block(nn.Module):
     def __init__(self, config: Config, layer):
         super().__init__()
         self.self_attn = Attention(config)
-        sparse = layer in config.sparse_layers
-        self.mlp = Experts(config) if sparse else MLP(config, config.intermediate_size)
+        self.mlp = Experts(config) if layer in config.sparse_layers else MLP(config, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -311,7 +283,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config, self.windows = config, config.windows
+        self.config, self.windows = config, config.windows or [None] * config.num_hidden_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -319,10 +291,8 @@ class Decoder(nn.Module):
     def forward(self, ids, positions=None, documents=None, cache=None):
         B, T = ids.shape
         if positions is None:
-            start = torch.arange(T, device=ids.device).expand(B, T)
-            positions = start if cache is None else cache.positions(T)
-        masks = {window: training_mask(T, window, documents, ids.device) if cache is None
-                 else cache.mask(T, window) for window in set(self.windows)}
+            positions = cache.positions(T) if cache else torch.arange(T, device=ids.device).expand(B, T)
+        masks = {w: attention_mask(T, w, documents, cache, ids.device) for w in set(self.windows)}
         cos, sin = rotary(positions, self.config)
         x = self.embed_tokens(ids)  # (B, T, H)
         for i, (layer, window) in enumerate(zip(self.layers, self.windows)):
@@ -332,24 +302,24 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-def training_mask(T, window, documents, device):
-    """(B or 1, 1, T, T), true where a token may look: back, inside its window and document (numbers, (B, T)).
+def attention_mask(T, window, documents, cache, device):
+    """(B or 1, 1, T, columns), true where a token may look: back, inside its window and document (B, T).
 
-    None where plain causal attention says it all: that has a faster path.
+    None where plain causal attention says it all: that has a faster path. A column of a cache's padding sees
+    itself only: a row with nothing to look at would be NaN.
     """
-    if documents is None and (window is None or window >= T):
+    before, padded = (cache.length, cache.padded) if cache else (0, False)
+    window = window or before + T
+    if documents is None and not padded and window >= before + T and (before == 0 or T == 1):
         return None
-    column = torch.arange(T, device=device)
-    seen = window_mask(column[:, None], column, window)[None]  # (1, T, T)
+    key = torch.arange(before + T, device=device)
+    query = key[before:, None]
+    seen = ((key <= query) & (key > query - window))[None]  # (1, T, columns)
     if documents is not None:
         seen = seen & (documents[:, :, None] == documents[:, None, :])  # (B, T, T)
+    if cache:
+        seen = seen & (key >= cache.start[:, None, None]) | (key == query)  # (B, T, columns)
     return seen[:, None]
-
-
-def window_mask(query, key, window):
-    """True where a query's column may see a key's: not later, and fewer than `window` columns back."""
-    seen = key <= query
-    return seen if window is None else seen & (key > query - window)
 
 
 class CausalLM(nn.Module):
@@ -427,56 +397,34 @@ class Cache:
     """
 
     def __init__(self, config: Config, start, columns, device, dtype):
-        shape = (len(start), config.num_key_value_heads, columns, config.head_dim)  # (B, G, T, D)
-        layers = range(config.num_hidden_layers)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        shape = (2, len(start), config.num_key_value_heads, columns, config.head_dim)  # (2, B, G, T, D)
+        count = config.num_hidden_layers
+        self.layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(count)]
         self.start = torch.as_tensor(start, device=device)  # (B,)
         self.padded = bool(self.start.any())
         self.length = 0
 
-    def reserve(self, columns):
-        """Make room for so many columns in all."""
-        more = columns - self.keys[0].shape[2]
-        if more > 0:
-            self.keys = [F.pad(k, (0, 0, 0, more)) for k in self.keys]
-            self.values = [F.pad(v, (0, 0, 0, more)) for v in self.values]
-
     def append(self, layer, k, v):
-        end = self.length + k.shape[2]
-        self.keys[layer][:, :, self.length : end] = k
-        self.values[layer][:, :, self.length : end] = v
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        keys, values = self.layers[layer][:, :, :, : self.length + k.shape[2]]  # (B, G, T so far, D)
+        keys[:, :, self.length :], values[:, :, self.length :] = k, v
+        return keys, values
 
     def positions(self, T):
         columns = torch.arange(self.length, self.length + T, device=self.start.device)
         return (columns - self.start[:, None]).clamp(min=0)  # (B, T)
 
-    def mask(self, T, window=None):
-        """(B, 1, T, columns): true where a new token may look; None while plain causal attention says it all.
-
-        A padding column sees itself only: a row with nothing to look at would be NaN.
-        """
-        columns = self.length + T
-        if not self.padded and (self.length == 0 or T == 1) and (window is None or window >= columns):
-            return None
-        query = torch.arange(self.length, columns, device=self.start.device)[:, None]
-        key = torch.arange(columns, device=self.start.device)
-        seen = window_mask(query, key, window) & (key >= self.start[:, None, None])  # (B, T, columns)
-        return (seen | (key == query))[:, None]
-
     def keep(self, rows):
         """Keep these rows of the batch, in this order (one may come more than once)."""
-        self.keys = [k[rows] for k in self.keys]
-        self.values = [v[rows] for v in self.values]
+        for layer, filled in enumerate(self.layers):  # one after another: little is held twice
+            self.layers[layer] = filled[:, rows]
         self.start = self.start[rows]
 
 
 def uniforms(seed, rows, token):
     """A number in (0, 1) a row, a pure function of (seed, row, token): splitmix64 (Steele et al. 2014).
 
-    So that the text of a row depends neither on its neighbours nor on how rows are spread over ranks. Seed and
-    token are mixed in one after the other: added together, seed 2 would be seed 1 one token later.
+    So that the text of a row depends neither on its neighbours nor on how rows are spread over ranks. Seed
+    and token are mixed in one after the other: added together, seed 2 would be seed 1 one token later.
     """
     with np.errstate(over="ignore"):
         x = np.asarray(rows, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -517,8 +465,8 @@ def filtered_logprobs(logits, how: Sampling):
     if how.top_p < 1.0:
         ordered, index = logprobs.sort(descending=True)
         mass_before = ordered.exp().cumsum(-1) - ordered.exp()
-        cut = torch.zeros_like(ordered, dtype=torch.bool).scatter(-1, index, mass_before >= how.top_p)
-        cut.scatter_(-1, index[:, :1], False)  # the likeliest always stays
+        beyond = mass_before >= max(how.top_p, 1e-9)  # the likeliest always stays
+        cut = torch.zeros_like(beyond).scatter(-1, index, beyond)
         logprobs = logprobs.masked_fill(cut, -math.inf).log_softmax(-1)
     if how.min_p > 0.0:
         floor = logprobs.max(-1, keepdim=True).values + math.log(min(how.min_p, 1.0))
@@ -582,25 +530,20 @@ class OneToken:
 
     def __init__(self, model):
         config, self.model, self.layers = model.config, model.model, []
-        self.shape = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.shape = N, G, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         for layer in self.model.layers:
-            attention, mlp = layer.self_attn, layer.mlp
+            attention, mlp, norms = layer.self_attn, layer.mlp, None
             qkv = merged(attention.q_proj, attention.k_proj, attention.v_proj)
             gate_up = merged(mlp.gate_proj, mlp.up_proj) if isinstance(mlp, MLP) else None
-            self.layers.append((layer, qkv, self.head_norms(attention), gate_up))
-
-    def head_norms(self, attention):
-        """Weights (N + G, D) of the norms on queries and keys, in fp32 as they are rotated; None without."""
-        if isinstance(attention.q_norm, nn.Identity):
-            return None
-        N, G, D = self.shape
-        q, k = attention.q_norm.weight.expand(N, D), attention.k_norm.weight.expand(G, D)
-        return torch.cat((q, k)).float()
+            if isinstance(attention.q_norm, RMSNorm):  # weights in fp32, as queries and keys are rotated
+                q, k = attention.q_norm.weight.expand(N, D), attention.k_norm.weight.expand(G, D)
+                norms = torch.cat((q, k)).float()  # (N + G, D)
+            self.layers.append((layer, qkv, norms, gate_up))
 
     def __call__(self, ids, cache):
         """ids (B,) -> hidden states (B, H); the token's keys and values go into the cache."""
-        config, (N, G, D) = self.model.config, self.shape
-        masks = {window: cache.mask(1, window) for window in set(self.model.windows)}
+        config, windows, (N, G, D) = self.model.config, self.model.windows, self.shape
+        masks = {w: attention_mask(1, w, None, cache, ids.device) for w in set(windows)}
         cos, sin = (x[:, :, 0] for x in rotary(cache.positions(1), config))  # (B, 1, D/2)
         cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # (B, 1, D)
         x = self.model.embed_tokens(ids)  # (B, H)
@@ -611,7 +554,7 @@ class OneToken:
                 qk = F.rms_norm(qk.float(), (D,), eps=config.rms_norm_eps) * norms
             qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin).to(x.dtype)  # as in `rotate`
             k, v = cache.append(i, qk[:, N:, None], v[:, :, None])  # (B, G, T so far, D)
-            y = F.scaled_dot_product_attention(qk[:, :N, None], k, v, attn_mask=masks[self.model.windows[i]],
+            y = F.scaled_dot_product_attention(qk[:, :N, None], k, v, attn_mask=masks[windows[i]],
                                                enable_gqa=N != G)  # (B, N, 1, D)
             x = x + layer.self_attn.o_proj(y.view(len(x), -1))
             normed = layer.post_attention_layernorm(x)  # (B, H)
@@ -638,9 +581,8 @@ def rows_of_one(parts):
     """Parameters as one tensor, of which they become the rows; None where layers have no bias."""
     if parts[0] is None:
         return None
-    rows, starts = [len(part) for part in parts], [part.data_ptr() for part in parts]
-    ends = [part.data_ptr() + part.nbytes for part in parts]
-    if starts[1:] == ends[:-1] and len({part.untyped_storage().data_ptr() for part in parts}) == 1:
+    rows = [len(part) for part in parts]
+    if len({part.untyped_storage().data_ptr() for part in parts}) == 1:  # they are that already
         return parts[0].as_strided((sum(rows), *parts[0].shape[1:]), parts[0].stride())
     one = torch.cat(list(parts))
     for part, own in zip(parts, one.split(rows)):
@@ -658,17 +600,22 @@ def generate_tokens(model, prompts, max_new_tokens, stop_ids, rows=None, samples
 
     prompts: lists of ids, none empty; each has `samples` answers: row is prompt * samples + sample. rows:
     each row's number in the whole run (sampling depends on it; default 0, 1, 2, ...). ends: (row, id) ->
-    whether the answer is done, beside stop_ids. cache: what came before the one prompt, to go on from.
+    whether the answer is done, beside stop_ids. cache: of the one prompt's beginning, not to be read again.
     sampling: see `Sampling`. Rows that finished leave the batch. InputError for a prompt beyond the context.
     """
     how, longest = Sampling(**sampling), max(map(len, prompts))
     cache = prepare_cache(model, prompts, max_new_tokens, cache)
-    limit = min(max_new_tokens, model.config.max_position_embeddings - cache.length - longest)
+    limit = min(max_new_tokens, model.config.max_position_embeddings - longest)
     live = list(range(len(prompts) * samples))  # which row each of the shrinking batch is
     rows = np.arange(len(live)) if rows is None else np.asarray(rows)
     penalties = how.repetition_penalty != 1.0 or how.presence_penalty
-    said = said_by(prompts, samples, model.config.vocab_size, cache.start.device) if penalties else None
-    hidden, one_token = prefill(model, prompts, samples, cache), OneToken(model)  # (B, H)
+    if penalties:  # true for the tokens of each row's prompt, and of its answer (none yet): (2, B, V)
+        shape = 2, len(live), model.config.vocab_size
+        said = torch.zeros(shape, dtype=torch.bool, device=cache.start.device)
+        for row in live:
+            said[0, row, prompts[row // samples]] = True
+    unread = [prompt[cache.length :] for prompt in prompts]
+    hidden, one_token = prefill(model, unread, samples, cache), OneToken(model)  # (B, H)
     for step in range(limit):
         logits = model.lm_head(hidden)  # (B, V)
         if penalties:
@@ -703,27 +650,18 @@ def prefill(model, prompts, samples, cache):
     return hidden[each]
 
 
-def said_by(prompts, samples, vocab_size, device):
-    """(2, B, V), true for the tokens of each row's prompt, and of its answer (none yet)."""
-    said = torch.zeros(2, len(prompts) * samples, vocab_size, dtype=torch.bool, device=device)
-    for row, prompt in enumerate(p for p in prompts for _ in range(samples)):
-        said[0, row, prompt] = True
-    return said
-
-
 def prepare_cache(model, prompts, max_new_tokens, cache):
     """A cache with room for prompts and answers, or the one that is given, with more room."""
     longest, limit = max(map(len, prompts)), model.config.max_position_embeddings
-    before = cache.length if cache else 0
     if min(map(len, prompts)) == 0:
         raise InputError("a prompt has no tokens: start it with <|endoftext|>, or ask in chat form")
-    if before + longest + 1 > limit:
-        raise InputError(f"a prompt of {before + longest} tokens leaves no room in a context of {limit}")
-    columns = min(before + longest + max_new_tokens, limit)
-    if cache is None:
-        weight = next(model.parameters())
-        return Cache(model.config, [longest - len(p) for p in prompts], columns, weight.device, weight.dtype)
-    cache.reserve(columns)
+    if longest + 1 > limit:
+        raise InputError(f"a prompt of {longest} tokens leaves no room in a context of {limit}")
+    weight = next(model.parameters())
+    cache = cache or Cache(model.config, [longest - len(p) for p in prompts], 0, weight.device, weight.dtype)
+    more = min(longest + max_new_tokens, limit) - cache.layers[0].shape[3]
+    for layer, filled in enumerate(cache.layers) if more > 0 else ():
+        cache.layers[layer] = F.pad(filled, (0, 0, 0, more))
     return cache
 
 
@@ -749,10 +687,8 @@ def window_batch(tokens, indices, max_length, endoftext):
     T, offsets = max_length, np.arange(max_length + 1)
     rows = np.full((len(indices), T + 1), -1, np.int64)  # (B, T + 1)
     for row, w in zip(rows, indices):
-        piece = tokens[w * T : w * T + T + 1]
+        piece = np.append(tokens[w * T : w * T + T + 1], endoftext)[: T + 1]
         row[: len(piece)] = piece
-        if len(piece) <= T:
-            row[len(piece)] = endoftext
     ids, targets = np.where(rows < 0, endoftext, rows)[:, :-1], rows[:, 1:]
     starts = ids == endoftext  # (B, T)
     since = np.maximum.accumulate(np.where(starts, offsets[:-1], 0), axis=1)
@@ -802,10 +738,6 @@ class LoraLinear(nn.Module):
     def forward(self, x):
         return self.base_layer(x) + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scaling
 
-    def merged(self):
-        weight = self.base_layer.weight
-        return weight + self.scaling * (self.lora_B @ self.lora_A).to(weight.dtype)
-
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -816,12 +748,10 @@ def add_lora(model, r, alpha, seed=0, targets=LORA_TARGETS):
     Not around those of experts: transformers holds them as one tensor, so PEFT could not read the adapter.
     """
     model.requires_grad_(False)
-    linear = [name for name, module in model.named_modules()
-              if isinstance(module, nn.Linear) and ".experts." not in name]
-    for number, name in enumerate(n for n in linear if n.rpartition(".")[2] in targets):
-        parent, _, child = name.rpartition(".")
-        module = model.get_submodule(parent)
-        setattr(module, child, LoraLinear(getattr(module, child), r, alpha, seed + number))
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)
+              and ".experts." not in name and name.rpartition(".")[2] in targets]
+    for number, (name, module) in enumerate(linear):
+        model.set_submodule(name, LoraLinear(module, r, alpha, seed + number))
     return model
 
 
@@ -834,12 +764,13 @@ def train_rows_only(weight, rows):
     weight.rows_only = rows  # weight decay must leave the other rows alone
 
 
+@torch.no_grad()
 def merge_lora(model):
     """Fold every LoraLinear into a plain linear layer, in place."""
     for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLinear)]:
-        parent, _, child = name.rpartition(".")
-        module.base_layer.weight.data = module.merged().data
-        setattr(model.get_submodule(parent), child, module.base_layer)
+        weight = module.base_layer.weight
+        weight += module.scaling * (module.lora_B @ module.lora_A).to(weight.dtype)
+        model.set_submodule(name, module.base_layer)
     return model
 
 
@@ -865,18 +796,18 @@ def unpack_int4(packed):
 class QuantizedLinear(nn.Module):
     """A linear layer that keeps its codes and scales, and makes the weight of them in each forward."""
 
-    def __init__(self, out_features, in_features, bits, group, scale_dtype, bias, device):
+    def __init__(self, linear, bits, group, scale_dtype):
         super().__init__()
-        self.shape = [out_features, in_features]
+        (out_features, in_features), device = linear.weight.shape, linear.weight.device
         codes = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
         if bits == 4:
             self.register_buffer("weight_packed", pack_int4(codes))  # (out, in / 8)
-            self.register_buffer("weight_shape", torch.tensor(self.shape, device=device))
+            self.register_buffer("weight_shape", torch.tensor(codes.shape, device=device))
         else:
             self.register_buffer("weight", codes)  # (out, in)
         scales = torch.ones(out_features, in_features // group, dtype=scale_dtype, device=device)
         self.register_buffer("weight_scale", scales)  # (out, in / group)
-        self.bias = bias  # a parameter (out,), or None
+        self.bias = linear.bias  # a parameter (out,), or None
 
     def dequantized(self):
         """The weight (out, in), fp32."""
@@ -888,35 +819,33 @@ class QuantizedLinear(nn.Module):
         return F.linear(x, self.dequantized().to(x.dtype), self.bias)
 
 
-def add_quantized(model, bits, group, where, tensors=None):
-    """Put an empty QuantizedLinear for each linear layer of the blocks, in place.
+def add_quantized(model, bits, group, where, tensors={}):
+    """Put an empty QuantizedLinear for each linear layer of the blocks, in place; routers stay exact.
 
     group: weights of a row that share a scale; 0: the whole row does. tensors: {name: tensor} to be loaded,
-    whose scales' dtype is kept. InputError, with `where` and the layer, if rows do not divide into groups.
+    whose scales' dtype is kept. InputError, with `where` and the layer, if rows do not divide into groups, or
+    a tensor says another shape.
     """
-    linear = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n]
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)
+              and ".layers." in name and not name.endswith("mlp.gate")]
     for name, module in linear:
-        if name.endswith("mlp.gate"):  # the router of a mixture of experts stays exact
-            continue
         out_features, in_features = module.weight.shape
         size = group or in_features
         if in_features % size or bits == 4 and size % 8:
             words = " (INT4 packs eight weights in a word: groups are multiples of 8)" if size % 8 else ""
             raise InputError(f"{where}: {name}: a row of {in_features} weights does not divide into groups "
                              f"of {size}{words}")
-        dtype = getattr((tensors or {}).get(f"{name}.weight_scale"), "dtype", None)
+        known, shape = tensors.get(f"{name}.weight_shape"), [out_features, in_features]
+        if known is not None and known.tolist() != shape:
+            raise InputError(f"{where}: {name}.weight_shape is {known.tolist()}, expected {shape}")
+        dtype = getattr(tensors.get(f"{name}.weight_scale"), "dtype", None)
         dtype = dtype if dtype in (torch.float32, torch.float16) else torch.bfloat16
-        layer = QuantizedLinear(out_features, in_features, bits, size, dtype, module.bias,
-                                module.weight.device)
-        model.set_submodule(name, layer)
+        model.set_submodule(name, QuantizedLinear(module, bits, size, dtype))
     return model
 
 
 def quantization_config(bits, group, experts=False):
-    """`quantization_config` of config.json, in compressed-tensors' words; group 0: a scale for each row.
-
-    experts: the model has some, and the routers that choose among them are left as they are.
-    """
+    """`quantization_config` of config.json, in compressed-tensors' words; group 0: a scale for each row."""
     weights = {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False, "actorder": None,
                "strategy": "group" if group else "channel", "group_size": group or None}
     layers = {"targets": ["Linear"], "format": FORMATS[bits], "weights": weights, "input_activations": None,
@@ -950,17 +879,6 @@ def read_quantization(path):
     return bits, group
 
 
-def check_quantized(model, where):
-    """InputError where loaded scales or shapes cannot be: the weights would be NaN, or another matrix."""
-    for name, layer in model.named_modules():
-        if isinstance(layer, QuantizedLinear):
-            if not layer.weight_scale.isfinite().all():
-                raise InputError(f"{where}: {name}.weight_scale is not finite")
-            if hasattr(layer, "weight_shape") and layer.weight_shape.tolist() != layer.shape:
-                found = layer.weight_shape.tolist()
-                raise InputError(f"{where}: {name}.weight_shape is {found}, expected {layer.shape}")
-
-
 # ---------------------------------------------------------------------------------------------------------
 # The folder: config.json, generation_config.json, tokenizer files, model.safetensors
 
@@ -979,17 +897,7 @@ def read_json(path):
 
 
 def write_json(path, value):
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path, text):
-    """Write a file whole or not at all: under a temporary name, synced, renamed."""
-    temporary = Path(f"{path}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_whole(Path(path), (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 # What we load: `model_type` of config.json, and the name its `architectures` begin with.
@@ -1031,10 +939,9 @@ def read_config(folder, kind):
     raw = DEFAULTS[model_type] | {key: value for key, value in raw.items()
                                   if value is not None or key == "sliding_window"}
     for field in fields:
-        check_value(raw, field.name, {"int": int, "float": float, "bool": bool}.get(field.type), path)
-    missing = [field.name for field in fields if field.default is dataclasses.MISSING
-               and field.name not in raw and field.name != "num_key_value_heads"]
-    if missing:
+        check_value(raw, field.name, field.type, path)
+    if missing := [field.name for field in fields if field.default is dataclasses.MISSING
+                   and field.name not in raw and field.name != "num_key_value_heads"]:
         raise InputError(f"{path}: {', '.join(missing)} missing")
     try:
         values = raw | read_rope(raw, path) | derived_values(raw, model_type, path)
@@ -1045,11 +952,10 @@ def read_config(folder, kind):
 
 def check_value(raw, name, kind, path):
     """InputError where a value is there and not of its kind: a bool, a number above 0, a whole one."""
-    if kind and name in raw:
-        value, kinds = raw[name], {int: int, float: (int, float), bool: bool}
-        right = isinstance(value, kinds[kind]) and isinstance(value, bool) == (kind is bool)
-        if not right or kind is int and value < 1 or kind is float and not 0 < value < math.inf:
-            raise InputError(f"{path}: {name} = {value!r} is not a valid {kind.__name__}")
+    sound = {"bool": lambda x: type(x) is bool, "int": lambda x: type(x) is int and x > 0,
+             "float": lambda x: type(x) in (int, float) and 0 < x < math.inf}.get(kind)
+    if sound and name in raw and not sound(raw[name]):
+        raise InputError(f"{path}: {name} = {raw[name]!r} is not a valid {kind}")
 
 
 def read_rope(raw, path):
@@ -1057,21 +963,19 @@ def read_rope(raw, path):
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise InputError(f"{path}: rope_parameters = {rope!r} is not an object")
-    rope = {key: value for key, value in rope.items() if value is not None}
+    rope = {key: value for key, value in rope.items()
+            if value is not None and (key, value) != ("partial_rotary_factor", 1.0)}
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     if kind not in ROPES:
         raise InputError(f"{path}: RoPE type {kind!r} is not supported")
-    if rope.get("partial_rotary_factor") == 1.0:
-        del rope["partial_rotary_factor"]
-    unknown = [key for key in rope if key not in (*ROPE_NUMBERS, "truncate")]
-    if unknown:
+    if unknown := [key for key in rope if key not in (*ROPE_NUMBERS, "truncate")]:
         raise InputError(f"{path}: RoPE's {unknown[0]} is not supported")
-    missing = [key for key in ROPES[kind] if key not in rope]
-    if missing:
+    if missing := [key for key in ROPES[kind] if key not in rope]:
         raise InputError(f"{path}: RoPE type {kind!r} needs {missing[0]}")
     for name in ROPE_NUMBERS:
-        check_value(rope, name, float, path)
+        check_value(rope, name, "float", path)
     theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
+    check_value(raw, "original_max_position_embeddings", "float", path)
     if kind in ("llama3", "yarn"):  # the context it was trained with
         known = raw.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
         longest = raw.get("max_position_embeddings", Config.max_position_embeddings)
@@ -1084,42 +988,40 @@ def derived_values(raw, model_type, path):
     layers, heads = raw["num_hidden_layers"], raw["num_attention_heads"]
     groups = raw.get("num_key_value_heads", heads)
     head_dim = raw.get("head_dim", raw["hidden_size"] // heads)
+    if layers > 10_000:
+        raise InputError(f"{path}: num_hidden_layers = {layers} is not supported")
     if heads % groups or head_dim % 2:
         raise InputError(f"{path}: {heads} attention heads cannot share {groups} keys and values, "
                          f"or head_dim {head_dim} is odd")
     values = {"model_type": model_type, "num_key_value_heads": groups, "head_dim": head_dim,
               "attention_bias": model_type == "qwen2" or raw.get("attention_bias", False),
               "mlp_bias": model_type == "llama" and raw.get("mlp_bias", False),
-              "sliding_window": None, "layer_types": None}
-    if model_type == "mistral" or model_type != "llama" and raw.get("use_sliding_window"):
-        values |= window_values(raw, model_type, path)
+              "windows": None}
+    window = raw.get("sliding_window", 4096)
+    used = model_type == "mistral" or model_type != "llama" and raw.get("use_sliding_window")
+    if used and window is not None:  # Qwen: in layers from max_window_layers on, or as layer_types lists
+        check_value(raw, "sliding_window", "int", path)
+        full = raw.get("max_window_layers", 28) if model_type in ("qwen2", "qwen3") else 0
+        kinds = ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
+        listed = raw.get("layer_types", kinds)
+        if (not isinstance(listed, list) or len(listed) != layers
+                or set(listed) - {"full_attention", "sliding_attention"}):
+            raise InputError(f"{path}: layer_types = {listed!r} is not supported")
+        values["windows"] = [window if kind == "sliding_attention" else None for kind in listed]
     if model_type == "qwen3_moe":
         dense, step = raw.get("mlp_only_layers", []), raw.get("decoder_sparse_step", 1)
         sparse = tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0)
         values |= {"num_experts": raw.get("num_local_experts", raw["num_experts"]), "sparse_layers": sparse}
+        if raw.get("num_experts_per_tok", Config.num_experts_per_tok) > values["num_experts"]:
+            raise InputError(f"{path}: num_experts_per_tok is more than the {values['num_experts']} experts")
     return values
-
-
-def window_values(raw, model_type, path):
-    """sliding_window, layer_types: Qwen has the window in layers from max_window_layers on, or as listed."""
-    window, layers = raw.get("sliding_window", 4096), raw["num_hidden_layers"]
-    if window is None:
-        return {}
-    check_value({"sliding_window": window}, "sliding_window", int, path)
-    full = raw.get("max_window_layers", 28) if model_type in ("qwen2", "qwen3") else 0
-    kinds = ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
-    listed = raw.get("layer_types", kinds)
-    if not isinstance(listed, list) or len(listed) != layers or set(listed) - {"full_attention",
-                                                                               "sliding_attention"}:
-        raise InputError(f"{path}: layer_types = {listed!r} is not supported")
-    return {"sliding_window": window, "layer_types": listed}
 
 
 def config_json(config: Config, tokenizer):
     """The config.json of a language model we create, in both dialects (rope_theta, rope_parameters, ...)."""
     theta, own = float(config.rope_theta), dataclasses.asdict(config)
     sparse = own.pop("sparse_layers")
-    foreign = ["mlp_bias", "layer_types"]  # what Qwen3 does not have
+    foreign = ["mlp_bias", "windows"]  # what Qwen3 does not have
     if config.model_type == "qwen3_moe":
         dense = [i for i in range(config.num_hidden_layers) if i not in sparse]
         own |= {"mlp_only_layers": dense, "decoder_sparse_step": 1}
@@ -1139,15 +1041,14 @@ def config_json(config: Config, tokenizer):
 
 def read_weights(folder):
     """{name: tensor} of model.safetensors, one file or sharded, memory-mapped. InputError if damaged."""
-    folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
+    index = Path(folder) / "model.safetensors.index.json"
     weight_map = read_json(index).get("weight_map") if index.exists() else {"": "model.safetensors"}
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) and Path(name).name == name
                                                    for name in weight_map.values()):
         raise InputError(f"{index}: expected an object `weight_map` of names of files beside it")
     weights = {}
     for name in sorted(set(weight_map.values())):
-        weights |= read_safetensors(folder / name)
+        weights |= read_safetensors(index.parent / name)
     return weights
 
 
@@ -1161,35 +1062,31 @@ def read_safetensors(path):
         raise InputError(f"{path}: damaged or not a safetensors file ({error})") from None
 
 
-def check_shapes(model, weights, where):
-    """InputError unless a model (on the meta device) and weights have the same names, shapes and kinds."""
-    own = model.state_dict()
-    tied = tied_names(model)
-    missing, unexpected = own.keys() - weights.keys() - tied, weights.keys() - own.keys() - tied
-    for problem, names in (("missing", missing), ("unexpected", unexpected)):
+def own_tensors(model):
+    """{name: tensor} of a model, but for a head that is the embeddings: files may have it or not."""
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else ()
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def check_tensors(own, read, where):
+    """InputError unless two {name: tensor}, a model's and a file's, have the same names, shapes and kinds."""
+    for problem, names in (("missing", own.keys() - read.keys()), ("unexpected", read.keys() - own.keys())):
         if names:
             raise InputError(f"{where}: {len(names)} {problem} tensors, {sorted(names)[0]} among them")
-    for name in (name for name in own if name not in tied):
-        tensor, found = own[name], weights[name]
+    for name, tensor in own.items():
+        found = read[name]
         if tensor.shape != found.shape:
             raise InputError(f"{where}: {name} is {tuple(found.shape)}, expected {tuple(tensor.shape)}")
         if tensor.dtype != found.dtype and not (tensor.is_floating_point() and found.is_floating_point()):
             raise InputError(f"{where}: {name} is {found.dtype}, expected {tensor.dtype}")
 
 
-def load_weights(model, weights, where):
-    """Copy tensors into a model; InputError where they are not finite."""
-    tied = tied_names(model)
-    for name, tensor in model.state_dict().items():
-        if name not in tied:
-            tensor.copy_(weights[name])
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise InputError(f"{where}: {name} has numbers that are not finite")
-
-
-def tied_names(model):
-    """Tensors that are another's: a file may have them or not, and they are not read."""
-    return {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+def copy_tensors(own, read, where):
+    """Copy a file's tensors into a model's; InputError where they are not finite."""
+    for name, tensor in own.items():
+        tensor.copy_(read[name])
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise InputError(f"{where}: {name} has numbers that are not finite")
 
 
 def check_counts(config, weights, where):
@@ -1217,6 +1114,8 @@ def load_folder(folder, device="cpu", dtype=torch.float32, kind=CausalLM):
     if layout and kind is RewardModel:
         raise InputError(f"{folder}: a quantized reward model is not supported")
     weights = read_weights(folder)
+    if config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
     check_counts(config, weights, folder)
     try:
         with torch.device("meta"):  # shapes without memory: what is loaded is allocated once, in its dtype
@@ -1225,10 +1124,9 @@ def load_folder(folder, device="cpu", dtype=torch.float32, kind=CausalLM):
                 add_quantized(model, *layout, folder, weights)
     except RuntimeError as error:
         raise InputError(f"{folder}/config.json: no such model can be made ({error})") from None
-    check_shapes(model, weights, folder)
+    check_tensors(own_tensors(model), weights, folder)
     model.to_empty(device=device).tie_weights()
-    load_weights(model, weights, folder)
-    check_quantized(model, folder)
+    copy_tensors(own_tensors(model), weights, folder)
     model.source = folder
     model.stored_dtype = weights["model.embed_tokens.weight"].dtype
     tokenizer = Tokenizer.load(folder)
@@ -1241,7 +1139,15 @@ def load_folder(folder, device="cpu", dtype=torch.float32, kind=CausalLM):
 
 def load_adapter(folder, device, dtype):
     """A folder in PEFT's LoRA layout, merged into its base (named by a path relative to the folder)."""
-    settings = read_adapter_config(folder / "adapter_config.json")
+    path = folder / "adapter_config.json"
+    settings = read_json(path)
+    for key, value in ADAPTER_MUST_BE.items():
+        if settings.get(key, value) not in (value, None):
+            raise InputError(f"{path}: {key} = {settings[key]!r} is not supported")
+    kinds = {"base_model_name_or_path": str, "r": int, "lora_alpha": (int, float), "target_modules": list}
+    for key, kind in kinds.items():
+        if not isinstance(settings.get(key), kind) or not settings[key] or key == "r" and settings["r"] < 1:
+            raise InputError(f"{path}: {key} = {settings.get(key)!r} is not supported")
     named = settings["base_model_name_or_path"]
     base = folder / named if (folder / named).exists() else Path(named)
     if not base.exists():
@@ -1251,19 +1157,18 @@ def load_adapter(folder, device, dtype):
     tensors = read_safetensors(folder / "adapter_model.safetensors")
     tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
     rows = tensors.pop(TRAINED_ROWS, None)
-    own = {f"{name}.weight": p for name, p in model.named_parameters() if "lora_" in name}
-    if own.keys() != tensors.keys():
-        raise InputError(f"{folder}: tensors do not fit the base: {sorted(own.keys() ^ tensors.keys())[0]}")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            if parameter.shape != tensors[name].shape:
-                found, expected = tuple(tensors[name].shape), tuple(parameter.shape)
-                raise InputError(f"{folder}: {name} is {found}, expected {expected}")
-            parameter.copy_(tensors[name])
-        if rows is not None:
+    own = {f"{name}.weight": p.detach() for name, p in model.named_parameters() if "lora_" in name}
+    check_tensors(own, tensors, folder)
+    copy_tensors(own, tensors, folder)
+    if rows is not None:
+        if not rows.isfinite().all():
+            raise InputError(f"{folder}: {TRAINED_ROWS} has numbers that are not finite")
+        try:
             token_ids = settings["trainable_token_indices"]  # a list, or a list for each layer
             token_ids = token_ids["embed_tokens"] if isinstance(token_ids, dict) else token_ids
-            model.model.embed_tokens.weight[token_ids] = rows.to(device, dtype)
+            model.model.embed_tokens.weight.detach()[token_ids] = rows.to(device, dtype)
+        except (LookupError, TypeError, RuntimeError) as error:
+            raise InputError(f"{path}: trainable_token_indices does not fit ({error})") from None
     return merge_lora(model), tokenizer
 
 
@@ -1271,20 +1176,6 @@ def load_adapter(folder, device, dtype):
 ADAPTER_MUST_BE = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "bias": "none",
                    "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None,
                    "layers_to_transform": None, "fan_in_fan_out": False}
-
-
-def read_adapter_config(path):
-    """adapter_config.json as a dict; InputError where it asks for what `load_adapter` does not do."""
-    settings = read_json(path)
-    for key, value in ADAPTER_MUST_BE.items():
-        if settings.get(key, value) not in (value, None):
-            raise InputError(f"{path}: {key} = {settings[key]!r} is not supported")
-    kinds = {"base_model_name_or_path": str, "r": int, "lora_alpha": (int, float), "target_modules": list}
-    for key, kind in kinds.items():
-        if not isinstance(settings.get(key), kind) or (key == "r" and settings["r"] < 1):
-            raise InputError(f"{path}: {key} = {settings.get(key)!r} is not supported")
-    return settings
-
 
 TRAINED_ROWS = "model.embed_tokens.token_adapter.trainable_tokens_delta"  # PEFT's name for trained token rows
 
@@ -1305,13 +1196,7 @@ def save_adapter(folder, model, base, r, alpha, token_ids):
         settings["trainable_token_indices"] = {"embed_tokens": token_ids}
     write_safetensors(folder / "adapter_model.safetensors", tensors)
     write_json(folder / "adapter_config.json", settings)
-    copy_tokenizer(base, folder)
-
-
-def copy_tokenizer(source, folder):
-    for name in FILES:
-        if (Path(source) / name).exists():
-            shutil.copyfile(Path(source) / name, Path(folder) / name)
+    Tokenizer.load(base).save(folder)
 
 
 def write_safetensors(path, tensors):
@@ -1352,26 +1237,22 @@ def save_folder(folder, model, tokenizer, changes=None, max_shard=5 * 2**30):
     if changes:
         write_json(folder / "config.json", read_json(folder / "config.json") | changes)
     dtype = getattr(model, "stored_dtype", torch.float32)
-    tied = model.config.tie_word_embeddings
     kept = dict(model.named_buffers())  # codes and scales of low-bit layers stay what they are
     tensors = {name: tensor.to("cpu", tensor.dtype if name in kept else dtype).contiguous()
-               for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
-    shards, size = [{}], 0
+               for name, tensor in own_tensors(model).items()}
+    shards = [{}]
     for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > max_shard:
+        if shards[-1] and sum(t.nbytes for t in (tensor, *shards[-1].values())) > max_shard:
             shards.append({})
-            size = 0
         shards[-1][name] = tensor
-        size += tensor.nbytes
     if len(shards) == 1:
         return write_safetensors(folder / "model.safetensors", tensors)
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards):
         write_safetensors(folder / name, shard)
     weight_map = {key: name for name, shard in zip(names, shards) for key in shard}
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_json(folder / "model.safetensors.index.json", index)
+    size = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
+    write_json(folder / "model.safetensors.index.json", {"metadata": size, "weight_map": weight_map})
 
 
 NOT_COPIED = ("run.json", "metrics.jsonl", "model.safetensors.index.json", "adapter_config.json", *FILES)
@@ -1388,7 +1269,7 @@ def eos_ids(folder):
 
 
 def stop_ids(folder, tokenizer):
-    """Ids that end an answer: the folder's, and what ends one in a chat, which a base model's need not have."""
+    """Ids that end an answer: the folder's, and what ends one in a chat, which a base model may lack."""
     return {*(eos_ids(folder) or [tokenizer.endoftext]), tokenizer.im_end} - {None}
 
 
@@ -1418,9 +1299,8 @@ class Ranks:
 
     def gather(self, value):
         """Every rank's value, in the order of ranks, on all ranks."""
-        values = [value]
+        values = [value] * self.world_size
         if self.world_size > 1:
-            values *= self.world_size
             dist.all_gather_object(values, value)
         return values
 
@@ -1497,8 +1377,7 @@ def parallelize(model, ranks, how="ddp", dtype="fp32", offload=False, checkpoint
     settings = {"mesh": dist.init_device_mesh(ranks.device.type, (ranks.world_size,)),
                 "offload_policy": CPUOffloadPolicy(pin_memory=cuda) if offload else OffloadPolicy()}
     # Inputs are not cast: the residual stream stays in fp32, as it does under autocast.
-    half = MixedPrecisionPolicy(None if dtype == "fp32" else DTYPES[dtype], torch.float32,
-                                cast_forward_inputs=False)
+    half = MixedPrecisionPolicy(DTYPES[dtype], torch.float32, cast_forward_inputs=False)
     for block in model.model.layers:
         fully_shard(block, mp_policy=half, **settings)
     return fully_shard(model, **settings)  # what is left: embeddings, last norm and head, one group in fp32
@@ -1537,10 +1416,9 @@ def probe_dtype(device):
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if device.type == "mps":
         return "fp32"
-    fp32 = torch.randn(768, 768)
-    bf16 = fp32.to(torch.bfloat16)
-    seconds = [min(timeit.repeat(lambda: a @ a, number=1, repeat=5)) for a in (fp32, bf16)]
-    return "bf16" if seconds[1] * 1.3 < seconds[0] else "fp32"
+    x = torch.randn(768, 768)
+    fp32, bf16 = (min(timeit.repeat(lambda: a @ a, number=1, repeat=5)) for a in (x, x.bfloat16()))
+    return "bf16" if bf16 * 1.3 < fp32 else "fp32"
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -1548,15 +1426,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def autocast(device, dtype):
     """Matrix products in bf16 or fp16, everything that adds up in fp32; nothing for fp32."""
-    if dtype == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, DTYPES[dtype])
+    return contextlib.nullcontext() if dtype == "fp32" else torch.autocast(device.type, DTYPES[dtype])
 
 
 def choose_dtype(options, ranks, run):
     """--dtype, or the probe's answer where it is auto; kept in run.json for when the run is resumed."""
     if "dtype" not in run:
-        run["dtype"] = agree(ranks, options.dtype if options.dtype != "auto" else probe_dtype(ranks.device))
+        dtype = probe_dtype(ranks.device) if options.dtype == "auto" else options.dtype
+        run["dtype"] = ranks.gather(dtype)[0]  # the first rank's, on all
         say(ranks, f"dtype {run['dtype']}")
         if ranks.first:
             write_json(Path(options.out) / "run.json", run)
@@ -1581,7 +1458,7 @@ def choose_compile(options, ranks, run, model, one_step, steps):
             one_step()
             saved = (time.monotonic() - began) * steps * COMPILE_SAVES
             use = saved > COMPILE_SECONDS and ranks.device.type != "mps" and not model.config.sparse_layers
-        run["compile"] = agree(ranks, use and compiler_works(ranks.device))
+        run["compile"] = ranks.gather(use and compiler_works(ranks.device))[0]
         say(ranks, f"torch.compile {'on' if run['compile'] else 'off'}")
         if ranks.first:
             write_json(Path(options.out) / "run.json", run)
@@ -1600,14 +1477,6 @@ def compiler_works(device):
         name = type(error).__name__
         print(f"torch.compile does not work here, going on without it: {name}", file=sys.stderr)
         return False
-
-
-def agree(ranks, value):
-    """The first rank's value, on all ranks."""
-    box = [value]
-    if ranks.world_size > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
 
 
 def accumulate(model, number, batches):
@@ -1711,21 +1580,17 @@ def open_run(stage, options, ranks, inputs):
     fresh = {"stage": stage, "options": settings, "inputs": inputs, "finished": False, "seconds": 0.0}
     if options.resume and options.overwrite:
         raise InputError("--resume goes on and --overwrite starts again: choose one")
-    config = Path(getattr(options, "model", "")) / "config.json"
-    if getattr(options, "model", "") and config.exists() and read_quantization(config):
-        raise InputError(f"{options.model}: a quantized model is not trained further; start from the "
-                         "one that it was made from")
-    found = old = read_json(out / "run.json") if (out / "run.json").exists() else None
-    empty = not out.exists() or out.is_dir() and {p.name for p in out.iterdir()} <= {"run.json.tmp"}
+    refuse_quantized(options.model)
+    old = read_json(out / "run.json") if (out / "run.json").exists() else None
+    empty = not out.exists() or out.is_dir() and all(p.match("run.json.*.tmp") for p in out.iterdir())
     if old is None and not empty:
         raise InputError(f"{out}: is there and is not a run's folder; choose another --out")
-    if old is not None and not {"stage", "options", "inputs", "finished", "seconds"} <= old.keys():
+    if old is not None and not fresh.keys() <= old.keys():
         raise InputError(f"{out / 'run.json'}: not written by this script; choose another --out")
-    if options.overwrite:
-        old = None
-    state = newest_state(out) if old else None
+    going_on = old is not None and not options.overwrite
+    state = newest_state(out) if going_on else None
     ranks.sum(0)  # nobody changes the folder before everybody has looked at it
-    if old is not None:
+    if going_on:
         before = old["options"]
         grown = [k for k in ("steps", "epochs") if k in settings and settings[k] > before.get(k, math.inf)]
         changed = [k for k in settings if settings[k] != before.get(k) and k not in grown]
@@ -1745,12 +1610,19 @@ def open_run(stage, options, ranks, inputs):
                              f"--overwrite{hint}")
         fresh = old | {"options": settings, "inputs": inputs, "finished": False}
     if ranks.first:
-        if found and old is None:
-            clear_run(out, found)
+        if old and options.overwrite:
+            clear_run(out, old)
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "run.json", fresh)
     ranks.sum(0)
     return fresh, state
+
+
+def refuse_quantized(folder):
+    config = Path(folder) / "config.json"  # an adapter's folder has none
+    if folder and config.exists() and read_quantization(config):
+        raise InputError(f"{folder}: a quantized model is not trained further; start from the one that it "
+                         "was made from")
 
 
 def clear_run(out, run):
@@ -1781,18 +1653,17 @@ def state_tensors(models):
                 yield from ((f"{name}.{key}.{part}", parts[part]) for part in STATE_PARTS if part in parts)
 
 
-def save_state(out, record, ranks, models, keep=2, sharded=False):
+def save_state(out, record, ranks, models, sharded=False):
     """Write state/step-N: fp32 weights and the optimizer's moments as safetensors, `record` as state.json.
 
     models: {name: (module, its Stepper)}. Keys are `{name}.{parameter}.{weight|exp_avg|...}`; what is frozen
-    is not saved. Written under a temporary name, synced, renamed once; the newest `keep` stay. sharded: each
+    is not saved. Written under a temporary name, synced, renamed once; the newest two stay. sharded: each
     rank writes its share, where the whole is too large for one, while training goes on. Returns a function
     that waits until the state is in place, for all ranks to call before the next save or the end.
     """
     step, folder = record["step"], Path(out) / "state"
     temporary, final = folder / f"tmp-{step}", folder / f"step-{step}"
-    steppers = {name: stepper.state() for name, (_, stepper) in models.items()}
-    record = record | {"steppers": steppers}
+    record = record | {"steppers": {name: stepper.state() for name, (_, stepper) in models.items()}}
     if ranks.first:
         for unfinished in folder.glob("tmp-*"):
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -1804,7 +1675,7 @@ def save_state(out, record, ranks, models, keep=2, sharded=False):
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
             states = sorted(folder.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
-            for old in states[:-keep]:
+            for old in states[:-2]:
                 shutil.rmtree(old, ignore_errors=True)
 
     if sharded:
@@ -1884,12 +1755,10 @@ def read_shards(folder, models):
 
 def keep_best(options, ranks, record, loss, model):
     """After a validation: count those without a new best; with --patience, keep the weights of the best."""
-    loss = agree(ranks, loss)  # all ranks must stop at the same step
-    if not loss < record["best"]:  # NaN is no best
-        record["worse"] += 1
-        return
-    record |= {"best": loss, "worse": 0}
-    if not options.patience:
+    loss = ranks.gather(loss)[0]  # all ranks must stop at the same step
+    better = loss < record["best"]  # NaN is not
+    record |= {"best": loss, "worse": 0} if better else {"worse": record["worse"] + 1}
+    if not better or not options.patience:
         return
     named = ((name, whole(p.detach())) for name, p in model.named_parameters() if p.requires_grad)
     trained = {name: tensor.cpu().contiguous() for name, tensor in named if ranks.first}
@@ -1928,7 +1797,7 @@ class Metrics:
             return
         lines = self.path.read_text("utf-8").split("\n")[:-1] if self.path.exists() else []  # whole ones
         kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]  # up to the state
-        write_text(self.path, "".join(kept))
+        write_whole(self.path, "".join(kept).encode())
         self.file = open(self.path, "a", encoding="utf-8", buffering=1)
         self.bar = tqdm(total=steps, initial=step, disable=not sys.stderr.isatty(), unit="step")
 
@@ -2019,7 +1888,7 @@ class Chat:
 
     def __init__(self, options, model, tokenizer):
         self.options, self.model, self.tokenizer = options, model, tokenizer
-        self.stop, self.temperature, self.turn = stop_ids(options.model, tokenizer), options.temperature, 0
+        self.stop, self.turn = stop_ids(options.model, tokenizer), 0
         self.restart(options.system)
 
     def restart(self, system):
@@ -2043,15 +1912,12 @@ class Chat:
             same = (i for i, (a, b) in enumerate(zip(ids, self.read)) if a != b)
             self.cache.length = min(next(same, len(self.read)), len(ids) - 1)
         else:
-            weight = next(self.model.parameters())
-            self.cache = Cache(self.model.config, [0], len(ids), weight.device, weight.dtype)
+            self.cache = prepare_cache(self.model, [ids], options.max_new_tokens, None)
         self.read, decoder = ids[: self.cache.length], StreamDecoder(self.tokenizer)
-        tokens = generate_tokens(
-            self.model, [ids[self.cache.length :]], options.max_new_tokens, self.stop, rows=[self.turn],
-            ends=StopStrings(self.tokenizer, options.stop) if options.stop else None, cache=self.cache,
-            temperature=self.temperature, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p,
-            seed=options.seed, repetition_penalty=options.repetition_penalty,
-            presence_penalty=options.presence_penalty)
+        ends = StopStrings(self.tokenizer, options.stop) if options.stop else None
+        how = {field.name: getattr(options, field.name) for field in dataclasses.fields(Sampling)}
+        tokens = generate_tokens(self.model, [list(ids)], options.max_new_tokens, self.stop, [self.turn],
+                                 ends=ends, cache=self.cache, **how)
         for _, token, _, _ in tokens:
             ids.append(token)
             self.read = ids[: self.cache.length]
@@ -2082,8 +1948,8 @@ class Chat:
             self.restart(self.opening[0]["content"] if self.opening else "")
         elif name == "/system":
             self.restart(rest.strip())
-        elif name == "/temperature" and re.fullmatch(r"\d+(\.\d*)?|\.\d+", rest.strip()):
-            self.temperature = float(rest)
+        elif name == "/temperature" and rest.strip().replace(".", "", 1).isdecimal():
+            self.options.temperature = float(rest)
         elif name != "/quit":
             print(HELP)
         return name != "/quit"

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from model import (Metrics, QuantizedLinear, RewardModel, Stepper, StopSignal, accumulate, autocast, choose_dtype, fingerprint,
+from model import (Metrics, RewardModel, Stepper, StopSignal, accumulate, autocast, choose_dtype, fingerprint,
                    finish_run, generate, learning_rate, load_folder, load_state, make_optimizer, open_run,
-                   parallelize, process_group, save_folder, save_state, say, write_text)
+                   parallelize, process_group, refuse_quantized, save_folder, save_state, say)
 from tokenizer import (InputError, encode_chat, held_out, jsonl_files, load_scorer, one_line_errors, option,
-                       parse_options, prompt_messages, read_jsonl)
+                       parse_options, prompt_messages, read_jsonl, write_whole)
 
 
 @dataclass(kw_only=True)
@@ -426,7 +426,8 @@ def open_samples(out, step):
     """FOLDER/samples.jsonl, cut back to the state's step, to be written on."""
     path = Path(out) / "samples.jsonl"
     lines = path.read_text("utf-8").split("\n")[:-1] if path.exists() else []  # whole ones
-    write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+    kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
+    write_whole(path, "".join(kept).encode())
     # half of a surrogate pair, which only JSON can spell, stays spelled so: \udXXX
     return open(path, "a", encoding="utf-8", errors="backslashreplace")
 
@@ -437,10 +438,8 @@ def load_models(options, ranks):
     The critic starts from the reward model, else from the policy's decoder with a head of zeros, which
     guesses nothing yet.
     """
+    refuse_quantized(options.model)  # before the critic takes its weights
     policy, tokenizer = load_folder(options.model, ranks.device)
-    if any(isinstance(module, QuantizedLinear) for module in policy.modules()):
-        raise InputError(f"{options.model}: a quantized model is not trained further; start from the one that "
-                         "it was made from")
     reference, _ = load_folder(options.model, ranks.device)
     reward = None
     if options.reward:

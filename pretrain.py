@@ -421,7 +421,7 @@ def activation_bytes(config, rows, length, dtype, checkpointing=False):
     config, inputs, kept = dataclasses.replace(config, rope_scaling=None), 0, {}
     if checkpointing:  # each block's input, and one block whole while it is computed again
         inputs = config.num_hidden_layers * rows * length * config.hidden_size * 4
-        config = dataclasses.replace(config, num_hidden_layers=1, layer_types=None)
+        config = dataclasses.replace(config, num_hidden_layers=1, windows=None)
 
     def keep(tensor):
         kept[tensor.untyped_storage()._cdata] = tensor

@@ -53,7 +53,7 @@ def foreign(folder, name, changes, kind="ForCausalLM"):
         for p in model.parameters():
             p.mul_(6.0) if p.dim() > 1 else p.add_(torch.randn(p.shape) / 4)
     model.save_pretrained(folder)
-    m.copy_tokenizer(tiny() / "base", folder)
+    m.Tokenizer.load(tiny() / "base").save(folder)
     return model
 
 

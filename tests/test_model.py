@@ -105,6 +105,8 @@ def damaged(folder, kind):
                    "sliding": {"use_sliding_window": True, "sliding_window": 0},
                    "size": {"hidden_size": -4}, "wide": {"hidden_size": 10**15},
                    "endless": {"num_hidden_layers": 10**12},
+                   "endless windows": {"num_hidden_layers": 10**12, "use_sliding_window": True},
+                   "rope text": {"original_max_position_embeddings": "long"},
                    "heads": {"num_attention_heads": 7}, "list of lists": {"architectures": [["Qwen3"]]},
                    "rope list": {"rope_scaling": {"rope_type": ["yarn"]}},
                    "layer list": {"use_sliding_window": True, "sliding_window": 4, "layer_types": [[1], [2]]},
@@ -115,7 +117,7 @@ def damaged(folder, kind):
 
 @pytest.mark.parametrize("kind", ["truncated", "missing tensor", "one tensor too many", "wrong shape",
                                   "no weights", "architecture", "no list", "rope", "sliding", "size",
-                                  "wide", "endless", "heads", "list of lists", "rope list", "layer list",
+                                  "wide", "endless", "endless windows", "rope text", "heads", "list of lists", "rope list", "layer list",
                                   "layer text", "not finite", "whole numbers", "huge header",
                                   "a lost shard", "a shard elsewhere"])
 def test_a_damaged_or_unsupported_folder_is_one_error(tmp_path, kind):
@@ -245,7 +247,7 @@ def test_a_cached_beginning_gives_the_same_answer_also_after_going_back(cut, bac
     cache = m.Cache(model.config, [0], 4, "cpu", torch.float32)
     list(m.generate_tokens(model, [ids[:cut]], back + 1, set(), cache=cache))
     cache.length = cut
-    assert m.generate(model, [ids[cut:]], 8, [], cache=cache)[0].ids == expected
+    assert m.generate(model, [ids], 8, [], cache=cache)[0].ids == expected
 
 
 def test_the_repetition_penalty_is_that_of_transformers(tmp_path):
@@ -379,6 +381,27 @@ def test_an_adapter_changes_nothing_at_first_and_merges_exactly():
         adapted = model(ids)
         torch.testing.assert_close(m.merge_lora(model)(ids), adapted, atol=1e-3, rtol=1e-4)
     assert not torch.allclose(adapted, before) and not any("lora" in n for n, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda tensors, settings: tensors[next(iter(tensors))].fill_(math.nan), "not finite"),
+    (lambda tensors, settings: settings.update(base_model_name_or_path=""), "base_model_name_or_path"),
+    (lambda tensors, settings: settings.update(trainable_token_indices=[10**6]), "trainable_token_indices"),
+    (lambda tensors, settings: settings.pop("trainable_token_indices"), "trainable_token_indices")])
+def test_a_damaged_adapter_is_one_error(tmp_path, change, says):
+    model, tokenizer = m.load_folder(tiny() / "base")
+    m.save_folder(tmp_path / "base", model, tokenizer)
+    (tmp_path / "lora").mkdir()
+    m.save_adapter(tmp_path / "lora", m.add_lora(model, 2, 4.0), tmp_path / "base", 2, 4.0, [tokenizer.im_end])
+    m.load_folder(tmp_path / "lora")
+    tensors = {name: tensor.clone() for name, tensor in
+               m.read_safetensors(tmp_path / "lora" / "adapter_model.safetensors").items()}
+    settings = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    change(tensors, settings)
+    m.write_safetensors(tmp_path / "lora" / "adapter_model.safetensors", tensors)
+    m.write_json(tmp_path / "lora" / "adapter_config.json", settings)
+    with pytest.raises(InputError, match=says):
+        m.load_folder(tmp_path / "lora")
 
 
 # ---- what every run needs
