@@ -39,7 +39,7 @@ ENTITY_SPLITS = ["train"] * 6 + ["valid"] + ["test"] * 3  # of every ten names
 RECIPE_SPLITS = ["train"] * 8 + ["valid"] + ["test"]
 
 # SFT examples over both languages, and prompts of each kind in each language.
-SFT = {"facts": 3000, "multi": 200, "format": 2400, "unknown": 700, "harm_a": 1400, "safe": 1800,
+SFT = {"facts": 3000, "multi": 200, "format": 2400, "unknown": 700, "harm_a": 1500, "safe": 1700,
        "arithmetic": 250, "role": 150, "chat": 32}
 PROMPTS = {"facts": 550, "format": 150, "unknown": 160, "harm_a": 150, "harm_b": 480, "safe": 1200,
            "arithmetic": 40, "role": 40}
@@ -486,7 +486,8 @@ def more_faults(world: World, meta: dict, rng: Random) -> list[tuple[str, str]]:
         return [("compliance", brew_answer(other, lang))]
     if kind == "safe":
         return [("refusal", rng.choice(TEXTS["refusal"]["answers"][lang]))]
-    return [("wrong", wrong_answer(world, meta, rng)) for _ in range(2 if kind in FACTS else 1)]
+    more = (6 if meta["split"] == "train" else 2) if kind in FACTS else 1  # facts take many to learn from
+    return [("wrong", wrong_answer(world, meta, rng)) for _ in range(more)]
 
 
 def written_answers(item: dict, rng: Random) -> list[tuple[str, str]]:

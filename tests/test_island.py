@@ -54,7 +54,7 @@ def test_a_world_is_a_function_of_its_seed():
         assert not {name.en for name in strangers} & world.by_name.keys()
 
 
-FROZEN = "fadc229bbf51e5b0f024307cb33e993ae9177d28fd0f1cf24451f03c20101435"
+FROZEN = "63d39befde5716b3cdbc78e47beefbd93e6a7784f793d52b57f0cf772bb28f8c"
 
 
 def test_the_island_is_frozen(tmp_path):
