@@ -33,9 +33,9 @@ PRETRAIN_default = --hidden-size 256 --num-hidden-layers 4 --num-attention-heads
 SFT_default      = --max-length 256 --batch-size 16 --epochs 4 --lr 1e-3 --replay $(RUN)/tokens
 COLLECT_default  = --k 6
 REWARD_default   = --epochs 2 --batch-size 32 --micro-batch 48 --lr 5e-4
-PPO_default      = --steps 80 --batch-size 64 --kl 0.05
+PPO_default      = --steps 80 --batch-size 64 --kl 0.05 --lr 1e-4
 HACKING_default  = --steps 100 --batch-size 64 --kl 0 --lr 2e-4
-DPO_default      = --epochs 1 --batch-size 32 --lr 1e-4 --beta 0.3
+DPO_default      = --epochs 1 --batch-size 32 --lr 2e-4 --beta 0.3
 EVALUATE_default =
 
 VOCAB_tiny       = 2048
