@@ -17,6 +17,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import gc
 import hashlib
 import json
 import math
@@ -1345,6 +1346,7 @@ def process_group(device_name):
         yield Ranks(rank, world_size, device)
     finally:
         if world_size > 1:
+            gc.collect()  # what FSDP leaves in cycles holds groups: their threads must end before the process
             dist.destroy_process_group()
         for number, handler in handlers.items():  # StopSignal's are for the run only
             signal.signal(number, handler)
@@ -1785,6 +1787,7 @@ def finish_run(options, ranks, run, record, export):
         export()
         end = {"step": record["step"], "seconds": record["seconds"], "finished": True}
         write_json(Path(options.out) / "run.json", run | end)
+    ranks.sum(0)  # nobody takes the process group down while others use it
     return 0
 
 
