@@ -1369,7 +1369,7 @@ def encode(argv):
     paths = [path for split in SPLITS for path in sorted((Path(options.input) / split).glob("*.jsonl*"))]
     if not paths:
         raise InputError(f"{options.input}: no .jsonl in {', '.join(SPLITS)}; give a folder of prepare.py")
-    for old in [out / "index.json", *out.glob("*/*.bin")]:
+    for old in [out / "index.json", *out.glob("*/*.*-00000.bin")]:  # what an earlier run left, nothing else
         old.unlink(missing_ok=True)
     work = functools.partial(encode_documents, options.tokenizer, tokenizer.hash)
     batches = read_batches(tqdm(paths, "encoding", unit="file", disable=None))
