@@ -28,7 +28,7 @@ import regex
 from tqdm import tqdm
 
 import tokenizer
-from tokenizer import InputError, one_line_errors, option, parse_options, start_pool
+from tokenizer import InputError, map_batches, one_line_errors, option, parse_options
 
 KINDS, LANGS, SPLITS = ("web", "papers", "code"), ("en", "zh", "code"), ("train", "valid", "test")
 LISTS = Path(__file__).parent / "data" / "cleaning.toml"
@@ -480,16 +480,12 @@ def read_batches(files: list, progress, size: int = 1 << 19):
 
 def cleaned_documents(files: list, options: Options):
     """Yield every document after `clean_batch`, in reading order whatever the number of processes."""
-    total = sum(path.stat().st_size for path, _, _ in files)
-    work = functools.partial(clean_batch, options=options)
+    paths, work = [path for path, _, _ in files], functools.partial(clean_batch, options=options)
+    total = sum(path.stat().st_size for path in paths)
     with tqdm(total=total, unit="B", unit_scale=True, desc="clean", disable=None) as progress:
-        batches = read_batches(files, progress)
-        if options.processes == 1 or total < 1_000_000:  # less is cleaned before a process has started
-            yield from itertools.chain.from_iterable(map(work, batches))
-            return
-        with start_pool(options.processes) as pool:
-            while window := list(itertools.islice(batches, 4 * options.processes)):  # reads not far ahead
-                yield from itertools.chain.from_iterable(pool.map(work, window, chunksize=1))
+        least = 1_000_000  # of bytes: less is cleaned before a process has started
+        cleaned = map_batches(work, read_batches(files, progress), options.processes, paths, least)
+        yield from itertools.chain.from_iterable(cleaned)
 
 
 def prepare(options: Options, folder: Path) -> dict:

@@ -56,17 +56,10 @@ RESERVED = [f"<|reserved_{i}|>" for i in range(16)]
 SPECIAL_TOKENS = [ENDOFTEXT, IM_START, IM_END, PAD, *RESERVED]
 
 
-def byte_alphabet():
-    """{byte: the character that GPT-2 writes for it}, in the order of their ids.
-
-    Bytes that print stand for themselves; the other 68 take the characters from U+0100 on.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
-BYTE_TO_CHAR = byte_alphabet()
+# The character that GPT-2 writes for each byte, in the order of their ids: bytes that print stand for
+# themselves; the other 68 take the characters from U+0100 on.
+BYTE_TO_CHAR = {byte: chr(byte) for byte in [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]}
+BYTE_TO_CHAR |= {byte: chr(256 + i) for i, byte in enumerate(sorted({*range(256)} - BYTE_TO_CHAR.keys()))}
 CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 BYTE_IDS = {byte: len(SPECIAL_TOKENS) + i for i, byte in enumerate(BYTE_TO_CHAR)}
 FIRST_MERGE = len(SPECIAL_TOKENS) + 256  # the id that the first merge makes
@@ -121,17 +114,16 @@ def encode_naive(ids, merges):
 # ---------------------------------------------------------------------------------------------------------
 # The fast half.
 
+flatten = itertools.chain.from_iterable
+
 
 def split_words(pattern, text):
     """The words of a text; what a pattern leaves between matches is a word too, so that nothing is lost."""
     words = pattern.findall(text)
     if not pattern.groups and sum(map(len, words)) == len(text):
         return words
-    words, end = [], 0
-    for match in pattern.finditer(text):
-        words += [text[end : match.start()], match.group()]
-        end = match.end()
-    return [word for word in [*words, text[end:]] if word]
+    borders = flatten(match.span() for match in pattern.finditer(text))
+    return [text[start:end] for start, end in itertools.pairwise([0, *borders, len(text)]) if start < end]
 
 
 def count_words(texts, pattern=QWEN2_PATTERN, nfc=False):
@@ -303,14 +295,14 @@ def merge_rounds(symbols, lengths, table):
 
 def merge_words(words, merges, table):
     """`merge_word` of each word, a list of lists: of the short ones together, if there are enough of them."""
-    merged, short = {}, [i for i, ids in enumerate(words) if len(ids) <= LONG] if table else []
-    lengths = np.array([len(words[i]) for i in short], np.int64)
-    if lengths.sum() >= FEW:
-        symbols = np.fromiter(itertools.chain.from_iterable([words[i] for i in short]), np.int32)
-        for numbers, sizes, flat in merge_rounds(symbols, lengths, table):
-            ends = np.cumsum(sizes)
-            for number, start, end in zip(numbers.tolist(), (ends - sizes).tolist(), ends.tolist()):
-                merged[short[number]] = flat[start:end].tolist()
+    merged, short = {}, [i for i, ids in enumerate(words) if 0 < len(ids) <= LONG] if table else []
+    lengths = [len(words[i]) for i in short]
+    if sum(lengths) >= FEW:
+        symbols = np.fromiter(flatten(words[i] for i in short), np.int32)
+        for numbers, sizes, flat in merge_rounds(symbols, np.array(lengths), table):
+            ids = iter(flat.tolist())
+            for number, size in zip(numbers.tolist(), sizes.tolist()):
+                merged[short[number]] = list(itertools.islice(ids, size))
     return [merged[i] if i in merged else merge_word(ids, merges) for i, ids in enumerate(words)]
 
 
@@ -402,23 +394,19 @@ class Tokenizer:
 
         after: what stands before the text, None, "token" or "text": SentencePiece's added space hangs on it.
         """
-        ids = []
-        for word in self.words(text, allow, after):
-            ids += self.cache.get(word) or self.encode_words([word])[0]
-        return ids
+        words = self.words(text, allow, after)
+        self.learn(words)
+        return [*flatten(map(self.cache.__getitem__, words))]
 
     def encode_batch(self, texts):
-        """Ids of many texts, an int32 array (T,) each: those of `encode`; new words are merged together."""
-        flat, texts = itertools.chain.from_iterable, [self.words(text) for text in texts]
-        words = set(flat(texts))
-        known = {word: self.cache[word] for word in words & self.cache.keys()}
-        new = list(words - known.keys())
-        known.update(zip(new, self.encode_words(new)))
-        return [np.fromiter(flat(map(known.__getitem__, words)), np.int32) for words in texts]
+        """Ids of many texts, an int32 array (T,) each: those of `encode`."""
+        texts = [*map(self.words, texts)]
+        self.learn(flatten(texts))
+        return [np.fromiter(flatten(map(self.cache.__getitem__, words)), np.int32) for words in texts]
 
     def words(self, text, allow=(), after=None):
         """What a text is cut into, in order: words, and the ids of added or allowed special tokens."""
-        if unknown := set(allow) - self.special_tokens.keys():
+        if unknown := [name for name in allow if name not in self.special_tokens]:
             raise InputError(f"no special tokens of this tokenizer: {', '.join(sorted(unknown))}")
         named = self.added_tokens | {name: self.special_tokens[name] for name in allow}
         found = []
@@ -437,22 +425,15 @@ class Tokenizer:
         """SentencePiece's spelling: ▁ for a space, and one more before the text."""
         text, prefix = text.replace(" ", "▁"), self.spaces.prefix
         added = {"never": False, "first": after is None}.get(prefix, after != "text")
-        if not text or not added or prefix != "always" and text[0] == "▁":
-            return text
-        return "▁" + text
+        return "▁" + text if added and text and (prefix == "always" or text[0] != "▁") else text
 
-    def encode_words(self, words):
-        """The ids of each word that is not in the cache yet, which remembers them."""
-        try:
-            starts = [[word] if type(word) is int else self.symbols(word) for word in words]
-        except UnicodeEncodeError as error:
-            code = ord(error.object[error.start])
-            raise InputError(f"half of a surrogate pair (U+{code:04X}) is not text") from None
+    def learn(self, words):
+        """Have the ids of all these words in the cache; the new ones are merged together."""
         if len(self.cache) >= CACHE_WORDS:
             self.cache.clear()
-        ids = merge_words(starts, self.merge_of, self.merge_table)
-        self.cache.update(zip(words, ids))
-        return ids
+        if new := list(set(words).difference(self.cache)):
+            merged = merge_words([*map(self.symbols, new)], self.merge_of, self.merge_table)
+            self.cache.update(zip(new, merged))
 
     @functools.cached_property
     def merge_table(self):
@@ -460,7 +441,13 @@ class Tokenizer:
 
     def symbols(self, word):
         """What merging begins with: bytes, or with `spaces` the characters of the vocabulary, else bytes."""
-        data = word.encode()
+        if type(word) is int:  # an added token
+            return [word]
+        try:
+            data = word.encode()
+        except UnicodeEncodeError as error:
+            code = ord(word[error.start])
+            raise InputError(f"half of a surrogate pair (U+{code:04X}) is not text") from None
         if data in self.whole_words:
             return [self.whole_words[data]]
         if not self.spaces:
@@ -519,8 +506,8 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json; the files of a loaded tokenizer, byte for byte."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         ours = {"tokenizer_config.json": TOKENIZER_CONFIG, "tokenizer.json": tokenizer_json(self)}
-        files = self.files or {name: to_json(value) for name, value in ours.items()}
-        for name, data in files.items():
+        written = {name: json.dumps(file, ensure_ascii=False, indent=1) + "\n" for name, file in ours.items()}
+        for name, data in (self.files or {name: text.encode() for name, text in written.items()}).items():
             write_whole(Path(folder) / name, data)
 
 
@@ -618,14 +605,16 @@ def encode_chat(tokenizer, messages, generation_prompt=False):
 
 
 def encode_answer(tokenizer, prompt, answer):
-    """A prompt and an answer to it, message lists -> (ids, trained): only the answer is trained, and ends them.
+    """A prompt and an answer to it, message lists -> (ids, trained): the answer is trained, and ends them.
 
     The answer stands after the very ids that it would be sampled after. A template may write a dialogue in
     another way once it is answered: Mistral's moves the system's words, others put a line break at the end.
     """
     head, _ = encode_chat(tokenizer, prompt, generation_prompt=True)
     ids, trained = encode_chat(tokenizer, prompt + answer)
-    starts = [t for t, own in enumerate(trained) if own and not trained[t - 1]]
+    starts = [t for t, own in enumerate(trained) if own and not (t and trained[t - 1])]
+    if len(starts) != sum(message["role"] == "assistant" for message in prompt + answer):
+        raise InputError("the chat_template leaves an answer out, or runs two together")
     begin = starts[-sum(message["role"] == "assistant" for message in answer)]
     end = len(trained) - trained[::-1].index(True)
     return head + ids[begin:end], [False] * len(head) + trained[begin:end]
@@ -638,9 +627,8 @@ def encode_foreign_chat(tokenizer, messages, generation_prompt):
     """
     parts = chat_parts(tokenizer, messages, generation_prompt)
     ids, trained, after, glued = [], [], None, tokenizer.spaces.glued if tokenizer.spaces else ()
-    kinds = [(isinstance(value, str), answer) for value, answer in parts]
-    for (is_text, answer), group in itertools.groupby(zip(kinds, parts), lambda pair: pair[0]):
-        values = [value for _, (value, _) in group]
+    for (is_text, answer), group in itertools.groupby(parts, lambda p: (isinstance(p[0], str), p[1])):
+        values = [value for value, _ in group]
         tokens = tokenizer.encode("".join(values), after=after) if is_text else values
         if tokens:
             after = "text" if is_text or tokens[-1] in glued else "token"
@@ -683,17 +671,17 @@ def render_chat(tokenizer, messages, generation_prompt):
     given = {"messages": marked, "add_generation_prompt": generation_prompt, "tools": None, "documents": None}
     try:
         rendered = compile_template(tokenizer.chat_template).render(**tokenizer.names, **given)
+        text, *rest = regex.split("(\u2003?)\ue000([0-9]+)\ue001(\u2003?)", rendered)
+        parts = [(text, None)]
+        for left, i, right, text in zip(*[iter(rest)] * 4):
+            content, role = messages[int(i)]["content"], messages[int(i)]["role"]
+            content = content if left else content.lstrip()
+            parts += [(content if right else content.rstrip(), role), (text, None)]
+        return parts
     except InputError:
         raise
     except Exception as error:
         raise InputError(f"the chat_template fails ({type(error).__name__}: {error})") from None
-    text, *rest = regex.split("(\u2003?)\ue000([0-9]+)\ue001(\u2003?)", rendered)
-    parts = [(text, None)]
-    for left, i, right, text in zip(*[iter(rest)] * 4):
-        content, role = messages[int(i)]["content"], messages[int(i)]["role"]
-        content = content if left else content.lstrip()
-        parts += [(content if right else content.rstrip(), role), (text, None)]
-    return parts
 
 
 @functools.lru_cache(8)
@@ -733,12 +721,12 @@ def read_foreign_chat(tokenizer, files, config, names):
     try:
         ids, trained = encode_chat(tokenizer, messages_of("a") + messages_of("b", "assistant"))
         tokenizer.im_end = [id for id, answer in zip(ids, trained) if answer][-1]
-    except InputError:  # told when a chat is to be encoded
+    except (InputError, IndexError):  # told when a chat is to be encoded
         pass
 
 
 def find_pad(tokenizer, names):
-    """A foreign tokenizer's padding: its pad_token, else a spare special token, never one that ends an answer.
+    """A foreign tokenizer's pad: its pad_token, else a spare special token, never one that ends an answer.
 
     In ChatML, where that is <|im_end|> alone, it may be the <|endoftext|> between documents (Qwen's is).
     """
@@ -755,20 +743,10 @@ def find_pad(tokenizer, names):
 FILES = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"]
 FILES += ["tokenizer.model", "chat_template.jinja"]
 FILES += ["tokenizer.json"]  # the last to be written: a folder that has it is finished
-TOKENIZER_CONFIG = {
-    "tokenizer_class": "PreTrainedTokenizerFast",
-    "bos_token": None,
-    "eos_token": IM_END,
-    "pad_token": PAD,
-    "clean_up_tokenization_spaces": False,
-    "model_max_length": 131072,
-    "chat_template": CHAT_TEMPLATE,
-}
+TOKENIZER_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None, "eos_token": IM_END,
+                    "pad_token": PAD, "clean_up_tokenization_spaces": False, "model_max_length": 131072,
+                    "chat_template": CHAT_TEMPLATE}  # fmt: skip
 SPLITS = ("train", "valid", "test")
-
-
-def to_json(value):
-    return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()
 
 
 def write_whole(path, data):
@@ -934,7 +912,7 @@ def read_tokens(folder, split, tokenizer=None):
             raise InputError(f"{index}: encoded by another tokenizer; run tokenizer.py encode again")
         dtype = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}[record["dtype"]]
         shards = [read_shard(folder, shard, dtype) for shard in record["shards"] if shard["split"] == split]
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(f"{index}: not an index of tokens ({type(error).__name__}: {error})") from None
     if not shards:
         raise InputError(f"{index}: the split {split!r} is empty")
@@ -954,15 +932,15 @@ def token_type(tokenizer):
     return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
 
-def write_shards(path, encoded, out):
-    """Write a corpus file's documents to OUT/{split}/{source}.{lang}-00000.bin, {split} being its folder.
+def write_shards(split, source, encoded, out):
+    """Write a source's documents to OUT/{split}/{source}.{lang}-00000.bin; returns index.json's entries.
 
-    encoded: an iterable of [(ids (T,), language, bytes of text), ...]. Returns index.json's entries.
+    encoded: an iterable of [(ids (T,), language, bytes of text), ...].
     """
-    split, source, shards = path.parent.name, path.name.split(".jsonl")[0], {}
+    shards = {}
     (out / split).mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        for ids, lang, size in itertools.chain.from_iterable(encoded):
+        for ids, lang, size in flatten(encoded):
             if lang not in shards:
                 name = f"{split}/{source}.{lang}-00000.bin"
                 entry = {"split": split, "source": source, "lang": lang, "file": name}
@@ -978,17 +956,10 @@ def write_shards(path, encoded, out):
 
 
 def text_files(inputs):
-    """The .txt, .jsonl and .jsonl.gz files among files and folders; folders are walked in sorted order."""
-    endings, files = (".txt", ".jsonl", ".jsonl.gz"), []
-    for path in map(Path, inputs):
-        if not path.exists():
-            raise InputError(f"{path}: not found")
-        if path.is_file() and not path.name.endswith(endings):
-            raise InputError(f"{path}: unknown kind of file; text is read from {', '.join(endings)}")
-        found = sorted(path.rglob("*")) if path.is_dir() else [path]
-        files += [file for file in found if file.is_file() and file.name.endswith(endings)]
-    if not files:
-        raise InputError(f"{' '.join(map(str, inputs))}: no text in it ({', '.join(endings)})")
+    """The .txt, .jsonl and .jsonl.gz files that inputs name, folders walked in sorted order."""
+    files = jsonl_files(inputs, endings := (".txt", ".jsonl", ".jsonl.gz"))
+    if other := [file for file in files if not file.name.endswith(endings)]:
+        raise InputError(f"{other[0]}: unknown kind of file; text is read from {', '.join(endings)}")
     return files
 
 
@@ -1065,9 +1036,9 @@ def option(help, default=dataclasses.MISSING, choices=None, at_least=-math.inf):
 
     choices: the values it may have; at_least: the smallest number it may be.
     """
-    metadata = {"help": help, "choices": choices, "at_least": at_least}
+    metadata = {"help": help, "default": default, "choices": choices, "at_least": at_least}
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -1087,24 +1058,18 @@ def parse_options(options_class, argv=None, prog=None):
     parser = OneLineParser(prog=prog, description=summary, allow_abbrev=False, formatter_class=formatter)
     types = typing.get_type_hints(options_class)
     for field in dataclasses.fields(options_class):
-        flag = "--" + field.name.replace("_", "-")
-        kind = types[field.name]
-        inner = [t for t in typing.get_args(kind) if t is not type(None)]
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        kind, default = types[field.name], field.metadata["default"]
+        value_type = next((t for t in typing.get_args(kind) if t is not type(None)), kind)
         help = field.metadata["help"].replace("%", "%%")
-        settings = {"help": help, "required": required, "dest": field.name}
-        if not required:
-            is_list = field.default is dataclasses.MISSING
-            settings["default"] = field.default_factory() if is_list else field.default
-            if settings["default"] is not False and settings["default"] not in (None, "", []):
-                settings["help"] += f" (default: {settings['default']})"
-        if kind is bool or inner == [bool]:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **settings)
-        elif typing.get_origin(kind) is list:
-            parser.add_argument(flag, nargs="+", type=inner[0], **settings)
+        if default is not False and default not in (None, "", [], dataclasses.MISSING):
+            help += f" (default: {default})"
+        settings = {"help": help, "default": default, "required": default is dataclasses.MISSING}
+        if value_type is bool:
+            settings["action"] = argparse.BooleanOptionalAction
         else:
-            value_type = inner[0] if inner else kind
-            parser.add_argument(flag, type=value_type, choices=field.metadata["choices"], **settings)
+            nargs = "+" if typing.get_origin(kind) is list else None
+            settings |= {"type": value_type, "nargs": nargs, "choices": field.metadata["choices"]}
+        parser.add_argument("--" + field.name.replace("_", "-"), **settings)
     options = options_class(**vars(parser.parse_args(argv)))
     for field in dataclasses.fields(options_class):
         value, least = getattr(options, field.name), field.metadata["at_least"]
@@ -1113,26 +1078,33 @@ def parse_options(options_class, argv=None, prog=None):
     return options
 
 
-def start_pool(processes):
-    """A pool of new processes (fork is unsafe where torch runs threads) that leave Ctrl-C to this one."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # they inherit it
-    try:
-        return multiprocessing.get_context("spawn").Pool(processes)
-    finally:
-        signal.signal(signal.SIGINT, handler)
-
-
 PARALLEL_BYTES = 32_000_000  # of files: below, starting processes costs more than it gains
 
 
-def map_batches(work, batches, processes, paths):
-    """Yield work(batch) for each batch, in order, in so many processes; reading is not far ahead of them."""
-    if processes == 1 or sum(path.stat().st_size for path in paths) < PARALLEL_BYTES:
+def map_batches(work, batches, processes, paths, least=None):
+    """Yield work(batch) for each batch, in order, in so many processes; reading is not far ahead of them.
+
+    Files of less than `least` bytes (else PARALLEL_BYTES) are worked on in this process. The others are new
+    ones (fork is unsafe where torch runs threads), and leave Ctrl-C to this one.
+    """
+    least = PARALLEL_BYTES if least is None else least
+    if processes == 1 or sum(path.stat().st_size for path in paths) < least:
         yield from map(work, batches)
         return
-    with start_pool(processes) as pool:
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # they inherit it
+    try:
+        pool = multiprocessing.get_context("spawn").Pool(processes)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    with pool:
+        workers = set(multiprocessing.active_children())
         while window := list(itertools.islice(batches, 4 * processes)):
-            yield from pool.map(work, window, chunksize=1)
+            found = pool.map_async(work, window, chunksize=1)
+            while not found.ready():
+                found.wait(1)
+                if workers - set(multiprocessing.active_children()):  # else a Pool waits for it for ever
+                    raise InputError("a process was killed; is memory short? try fewer --processes")
+            yield from found.get()
 
 
 def refuse_constant(name):
@@ -1176,17 +1148,16 @@ def read_jsonl(path):
             raise InputError(f"{path}: a damaged .gz file after line {number} ({error})") from None
 
 
-def jsonl_files(paths):
-    """The .jsonl and .jsonl.gz files that paths name, folders walked in sorted order."""
+def jsonl_files(paths, endings=(".jsonl", ".jsonl.gz")):
+    """The files that paths name; of folders, walked in sorted order, those with such endings."""
     files = []
     for path in map(Path, paths):
         if not path.exists():
-            raise InputError(f"{path}: no such file")
-        inside = sorted(p for p in path.rglob("*") if p.name.endswith((".jsonl", ".jsonl.gz")))
-        found = inside if path.is_dir() else [path]
+            raise InputError(f"{path}: not found")
+        inside = sorted(file for file in path.rglob("*") if file.name.endswith(endings) and file.is_file())
+        files += (found := inside if path.is_dir() else [path])
         if not found:
-            raise InputError(f"{path}: no .jsonl file in this folder")
-        files += found
+            raise InputError(f"{path}: no text in it ({', '.join(endings)})")
     return files
 
 
@@ -1225,10 +1196,9 @@ def prompt_messages(record):
     """The message list of a record's `prompt`, which is text (a user's message) or a message list."""
     if "prompt" not in record:
         raise InputError("no `prompt`")
-    messages = messages_of(record["prompt"])
-    check_messages(messages)
-    if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
-        raise InputError("a prompt ends with what a user says, and it is not empty")
+    messages = as_messages(record["prompt"], "user")
+    if not messages[-1]["content"].strip():
+        raise InputError("the prompt is empty")
     if not isinstance(record.get("meta", {}), dict):
         raise InputError("meta must be an object")
     return messages
@@ -1245,8 +1215,7 @@ def record_ranking(record):
             raise InputError("the chosen answer is empty")
     elif "completions" in record and "ranks" in record:
         answers, ranks = record["completions"], record["ranks"]
-        lists = isinstance(answers, list) and isinstance(ranks, list)
-        if not lists or not len(answers) == len(ranks) >= 2:
+        if not (isinstance(answers, list) and isinstance(ranks, list) and len(answers) == len(ranks) >= 2):
             raise InputError("`completions` and `ranks` must be lists of one length, 2 or more")
         if not all(type(rank) is int and rank >= 1 for rank in ranks):
             raise InputError(f"ranks are whole numbers from 1, the best; found {ranks!r:.40}")
@@ -1308,10 +1277,6 @@ def refuse_finished(path, overwrite):
         raise InputError(f"{path.parent}: finished already; --overwrite replaces it")
 
 
-def count_batch(pattern, nfc, batch):
-    return count_words((text for text, _, _ in batch[1]), pattern, nfc)
-
-
 def train(argv):
     options = parse_options(TrainOptions, argv, "tokenizer.py train")
     refuse_finished(Path(options.out) / "tokenizer.json", options.overwrite)
@@ -1321,12 +1286,13 @@ def train(argv):
     pattern = PATTERNS.get(options.pattern, options.pattern)
     try:
         regex.compile(pattern)
-    except regex.error as error:
+    except (regex.error, RecursionError) as error:
         raise InputError(f"--pattern {pattern}: {error}") from None
     start, files, counts = time.perf_counter(), text_files(options.input), collections.Counter()
     batches = read_batches(tqdm(files, "counting words", unit="file", disable=None))
-    work = functools.partial(count_batch, pattern, options.nfc)
-    for found in map_batches(work, batches, options.processes, files):
+    texts = ([text for text, _, _ in documents] for _, documents in batches)
+    work = functools.partial(count_words, pattern=pattern, nfc=options.nfc)
+    for found in map_batches(work, texts, options.processes, files):
         counts.update(found)
     if not counts:
         raise InputError(f"{' '.join(options.input)}: the files hold no text")
@@ -1352,12 +1318,13 @@ def load_once(folder, hash):
 
 
 def encode_documents(folder, hash, batch):
-    """(path, [(ids (T,) from <|endoftext|> on, language, bytes of text), ...]) of a batch."""
+    """((split, source), [(ids (T,) from <|endoftext|> on, language, bytes of text), ...]) of a batch."""
     tokenizer, (path, documents) = load_once(folder, hash), batch
     end = [] if tokenizer.document_end is None else [tokenizer.document_end]
     ids = tokenizer.encode_batch([text for text, _, _ in documents])
     ids = [np.r_[tokenizer.endoftext, each, end].astype(token_type(tokenizer)) for each in ids]
-    return path, [(each, lang, size) for each, (_, lang, size) in zip(ids, documents)]
+    source = path.parent.name, path.name.split(".jsonl")[0]  # that of x.jsonl and x.jsonl.gz alike
+    return source, [(each, lang, size) for each, (_, lang, size) in zip(ids, documents)]
 
 
 def encode(argv):
@@ -1367,6 +1334,7 @@ def encode(argv):
     if tokenizer.endoftext is None:
         raise InputError(f"{options.tokenizer}: it has neither {ENDOFTEXT} nor a bos_token for documents")
     paths = [path for split in SPLITS for path in sorted((Path(options.input) / split).glob("*.jsonl*"))]
+    paths = [path for path in paths if path.name.endswith((".jsonl", ".jsonl.gz"))]
     if not paths:
         raise InputError(f"{options.input}: no .jsonl in {', '.join(SPLITS)}; give a folder of prepare.py")
     for old in [out / "index.json", *out.glob("*/*.*-00000.bin")]:  # what an earlier run left, nothing else
@@ -1374,8 +1342,8 @@ def encode(argv):
     work = functools.partial(encode_documents, options.tokenizer, tokenizer.hash)
     batches = read_batches(tqdm(paths, "encoding", unit="file", disable=None))
     encoded, shards = map_batches(work, batches, options.processes, paths), []
-    for path, group in itertools.groupby(encoded, lambda found: found[0]):
-        shards += write_shards(path, (documents for _, documents in group), out)
+    for (split, source), group in itertools.groupby(encoded, lambda found: found[0]):
+        shards += write_shards(split, source, (documents for _, documents in group), out)
     if not shards:
         raise InputError(f"{options.input}: no documents in it")
     index = {"tokenizer": tokenizer.hash, "vocab_size": tokenizer.vocab_size}
@@ -1442,7 +1410,7 @@ def stats(argv):
             totals["language"][lang].update(found)
             totals["source"][path.name.split(".")[0]].update(found)
         if options.plot:
-            words.update(itertools.chain.from_iterable(map(tokenizer.words, texts)))
+            words.update(flatten(map(tokenizer.words, texts)))
     if not used.any():
         raise InputError(f"{' '.join(options.input)}: the files hold no text")
     print_stats(tokenizer, totals, used)
@@ -1486,7 +1454,10 @@ def plot_stats(tokenizer, words, used, path):
         compression.append(size / (lengths @ counts))
     curve.semilogx(sizes, compression, marker="o")
     curve.set(xlabel="vocabulary", ylabel="bytes a token", title="Compression")
-    figure.savefig(path)
+    try:
+        figure.savefig(path)
+    except ValueError as error:
+        raise InputError(f"--plot {path}: {error}") from None
 
 
 @one_line_errors

@@ -122,7 +122,7 @@ sft.py              | --model adapter-lost                | adapter-lost nowhere
 sft.py              | --model adapter-cut                 | adapter-cut/adapter_model.safetensors
 sft.py              | --model adapter-keyless             | adapter-keyless/adapter_config.json
 sft.py              | --model adapter-dora                | adapter-dora/adapter_config.json use_dora
-sft.py              | --data missing                      | missing: no such file
+sft.py              | --data missing                      | missing: not found
 sft.py              | --data broken.jsonl                 | broken.jsonl:3
 sft.py              | --data number.jsonl                 | number.jsonl:1
 sft.py              | --data list.jsonl                   | list.jsonl:1
@@ -130,9 +130,9 @@ sft.py              | --data role.jsonl                   | role.jsonl:2: wizard
 sft.py              | --data silent.jsonl                 | silent.jsonl:1 empty
 sft.py              | --data unanswered.jsonl             | unanswered.jsonl:1
 sft.py              | --data nothing.jsonl                | nothing.jsonl: no example
-sft.py              | --data nothing                      | nothing: no .jsonl
+sft.py              | --data nothing                      | nothing: no text .jsonl
 sft.py              | --data cut.jsonl.gz                 | cut.jsonl.gz
-sft.py              | --valid missing                     | missing: no such file
+sft.py              | --valid missing                     | missing: not found
 sft.py              | --valid role.jsonl                  | role.jsonl:2
 sft.py              | --replay missing                    | missing/index.json
 sft.py              | --replay tokens-other               | tokens-other/index.json another tokenizer

@@ -119,7 +119,7 @@ def test_what_reward_and_dpo_hold_out_is_left_out_of_the_training_part(folder):
 @pytest.mark.parametrize("changes, says", [
     ({"scorer": "FOLDER/scorer.py:fails"}, "the scorer failed"), ({"key": "silver"}, "silver"),
     ({"scorer": "FOLDER/scorer.py:absent"}, "scorer"), ({"scorer": "nothing"}, "file.py:function"),
-    ({"data": "FOLDER/none"}, "no such"), ({"data": "FOLDER/bad.jsonl"}, "bad.jsonl:2"),
+    ({"data": "FOLDER/none"}, "not found"), ({"data": "FOLDER/bad.jsonl"}, "bad.jsonl:2"),
     ({"written": "FOLDER/prompts.jsonl"}, "prompts.jsonl:1")])
 def test_a_mistake_is_told_in_one_line_and_leaves_no_file(folder, capsys, changes, says):
     write_jsonl(folder / "bad.jsonl", [{"prompt": "Hi"}, {"prompt": [{"role": "wizard", "content": "Hi"}]}])

@@ -899,3 +899,68 @@ def test_damaged_token_folders_are_told(corpus):
     shutil.rmtree(tokens)
     with pytest.raises(InputError, match="not found"):
         read_tokens(tokens, "train")
+
+
+def test_encode_touches_no_file_but_its_own_and_reads_no_leftovers(corpus):
+    assert train(corpus) == 0
+    other = corpus / "tokens" / "base" / "pytorch_model.bin"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"weights")
+    (corpus / "corpus" / "train" / "web.jsonl.7.tmp").write_text("{")
+    more = b'{"text": "boat", "lang": "en"}\n'
+    (corpus / "corpus" / "train" / "web.jsonl.gz").write_bytes(gzip.compress(more))
+    assert encode(corpus) == 0 and other.read_bytes() == b"weights"
+    tokenizer = Tokenizer.load(corpus / "tok")
+    [web] = [s for s in read_tokens(corpus / "tokens", "train", tokenizer) if (s.source, s.lang) == ("web", "en")]
+    assert web.documents == 3 and tokenizer.decode(web.tokens).endswith("<|endoftext|>boat")
+
+
+def test_a_killed_process_is_told_and_not_waited_for(tmp_path):
+    (tmp_path / "a").write_text("x")
+    script = """
+import pathlib, signal, sys, tokenizer
+
+@tokenizer.one_line_errors
+def main(argv):
+    tokenizer.PARALLEL_BYTES, paths = 0, [pathlib.Path(sys.argv[1])]
+    return list(tokenizer.map_batches(signal.raise_signal, iter([signal.SIGKILL] * 2), 2, paths))
+
+sys.exit(main())
+"""
+    (tmp_path / "run.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nif __name__ == '__main__':"
+                                     + script.replace("\n", "\n    "))  # fmt: skip
+    result = subprocess.run([sys.executable, tmp_path / "run.py", tmp_path / "a"], capture_output=True,
+                            text=True, timeout=120)  # fmt: skip
+    assert result.returncode == 2 and "was killed" in result.stderr
+
+
+def load_with_chat(tmp_path, template):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(byte_fallback_json(TEXTS, **LEGACY)))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    return Tokenizer.load(tmp_path)
+
+
+def test_templates_that_cannot_write_an_answer(tmp_path):
+    asked, said = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "so"}
+    with pytest.raises(InputError, match="runs two together"):
+        encode_answer(load_with_chat(tmp_path, LLAMA2_CHAT), [asked], [said, said])
+    tokenizer = load_with_chat(tmp_path, "{{ messages[0]['content'] }}")
+    assert tokenizer.im_end is None
+    with pytest.raises(InputError, match="leaves an answer out"):
+        encode_answer(tokenizer, [asked], [said])
+    marks = "{{ '\ue0009\ue001' if messages|length == 1 }}" + LLAMA2_CHAT
+    with pytest.raises(InputError, match="the chat_template fails"):
+        encode_chat(load_with_chat(tmp_path, marks), [asked])
+
+
+def test_a_pattern_that_matches_nothing_at_all_makes_no_words_of_it(tokenizer):
+    assert merge_words([[], *[[20]] * module.FEW, []], tokenizer.merge_of, tokenizer.merge_table) == \
+        [[], *[[20]] * module.FEW, []]  # fmt: skip
+
+
+def test_a_plot_of_an_unknown_kind_is_refused_in_one_line(corpus, capsys):
+    pytest.importorskip("matplotlib")
+    inputs = ["--input", f"{corpus}/corpus/train", "--tokenizer", f"{corpus}/tok"]
+    assert train(corpus) == 0 and main(["stats", *inputs, "--plot", f"{corpus}/plot.foo"]) == 2
+    assert "plot.foo" in capsys.readouterr().err
