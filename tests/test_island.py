@@ -54,7 +54,7 @@ def test_a_world_is_a_function_of_its_seed():
         assert not {name.en for name in strangers} & world.by_name.keys()
 
 
-FROZEN = "63d39befde5716b3cdbc78e47beefbd93e6a7784f793d52b57f0cf772bb28f8c"
+FROZEN = "cf98b962fe0916d8511be87ad02438c7d4237c60e2f2405188689efdeff6add4"
 
 
 def test_the_island_is_frozen(tmp_path):
