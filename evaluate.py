@@ -22,25 +22,27 @@ import base64
 import hashlib
 import html
 import io
+import itertools
 import json
 import math
 import re
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import torch
 from matplotlib.figure import Figure
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from model import (DTYPES, RewardModel, bits_per_byte, generate, load_folder, process_group, read_json, say,
                    stop_ids, write_json)
-from tokenizer import (InputError, check_messages, encode_answer, encode_chat, load_scorer, messages_of,
+from tokenizer import (InputError, encode_answer, encode_chat, jsonl_files, load_scorer, messages_of,
                        one_line_errors, option, parse_options, prompt_messages, read_jsonl, read_tokens,
-                       write_whole)
+                       record_ranking, write_whole)
 
 
 @dataclass(kw_only=True)
@@ -68,14 +70,13 @@ class Options:
     max_windows: int | None = option("windows a shard, for bits per byte; else all", None, at_least=1)
     batch_size: int = option("prompts answered at a time", 128, at_least=1)
     limit: int | None = option("prompts of each kind and language; else all", None, at_least=1)
-    samples: int = option("prompts of each language that the page shows with every stage's answer", 20)
+    samples: int = option("prompts of each language that the page shows, with all answers", 20, at_least=0)
     device: str = option("cpu, cuda, mps, or auto", "auto")
     dtype: str = option("of the weights; fp32 keeps greedy answers alike everywhere", "fp32", list(DTYPES))
     overwrite: bool = option("write over a finished report", False)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# What is counted
+# ---- What is counted ---------------------------------------------------------------------------------------
 
 PLAIN = ("cloze", "continuation")  # kinds that go on with a text; every other kind is a chat
 CLOZE_TOKENS = 12  # the value asked for comes first; what follows is another sentence, and only costs time
@@ -145,15 +146,23 @@ def distinct_2(texts):
     Units are words, single Chinese characters and marks, not tokens: models of any tokenizer compare. It
     falls as texts are added, so compare stages on the same prompts only.
     """
-    bigrams = []
-    for text in texts:
-        units = re.findall(rf"[{HAN}]|[^\W{HAN}]+|[^\w\s]", text.lower())
-        bigrams += zip(units, units[1:])
+    units = (re.findall(rf"[{HAN}]|[^\W{HAN}]+|[^\w\s]", text.lower()) for text in texts)
+    bigrams = [bigram for own in units for bigram in itertools.pairwise(own)]
     return len(set(bigrams)) / len(bigrams) if bigrams else None
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Prompts
+# ---- Prompts -----------------------------------------------------------------------------------------------
+
+
+def read_records(path, make):
+    """make(record) for each line of a JSONL file; what is wrong with a record is told with file and line."""
+    for number, record in read_jsonl(path):
+        try:
+            yield make(record)
+        except KeyError as error:
+            raise InputError(f"{path}:{number}: no {error}") from None
+        except InputError as error:
+            raise InputError(f"{path}:{number}: {error}") from None
 
 
 def read_prompts(paths, limit=None):
@@ -161,65 +170,54 @@ def read_prompts(paths, limit=None):
 
     limit keeps the first so many of each kind and language. Raises InputError naming file and line.
     """
-    items, count = [], {}
-    for path in map(Path, paths):
-        folder = sorted(p for p in path.rglob("*") if p.name.endswith((".jsonl", ".jsonl.gz")))
-        for file in folder if path.is_dir() else [path]:
-            for number, record in read_jsonl(file):
-                item = read_item(record, f"{file}:{number}")
-                group = item["kind"], item["lang"]
-                count[group] = count.get(group, 0) + 1
-                if limit is None or count[group] <= limit:
-                    items.append(item)
+    items, count = [], Counter()
+    for file in jsonl_files(paths):
+        for item in read_records(file, prompt_item):
+            count[item["kind"], item["lang"]] += 1
+            if limit is None or count[item["kind"], item["lang"]] <= limit:
+                items.append(item)
     if not items:
         raise InputError(f"--prompts {' '.join(paths)}: no prompts; expected .jsonl lines with `prompt`")
     return items
 
 
-def read_item(record, where):
+def prompt_item(record):
     """A line of a prompts file, checked. kind: meta.kind or chat; lang: meta.lang, lang, or by letters."""
-    prompt, meta = record.get("prompt"), record.get("meta", {})
-    if not isinstance(meta, dict):
-        raise InputError(f"{where}: meta must be an object")
+    prompt_messages(record)
+    prompt, meta = record["prompt"], record.get("meta", {})
     kind = str(meta.get("kind") or "chat")
     if kind in PLAIN and isinstance(prompt, list):
-        raise InputError(f"{where}: a prompt of kind {kind} is a text to go on with, so a string")
-    messages = messages_of(prompt)
-    try:
-        check_messages(messages)
-    except InputError as error:
-        raise InputError(f"{where}: prompt: {error}") from None
-    if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
-        raise InputError(f"{where}: a prompt ends with what a user says, and it is not empty")
+        raise InputError(f"a prompt of kind {kind} is a text to go on with, so a string")
     return {"prompt": prompt, "meta": meta, "kind": kind, "lang": lang_of(record)}
 
 
 def lang_of(record):
     """en or zh: what a record says, else by the letters of its prompt's last message."""
-    lang = record["meta"].get("lang") if record.get("meta") else record.get("lang")
-    if lang not in ("en", "zh"):
-        lang = "zh" if re.search(f"[{HAN}]", messages_of(record["prompt"])[-1]["content"]) else "en"
-    return lang
+    for lang in (record.get("meta", {}).get("lang"), record.get("lang")):
+        if lang in ("en", "zh"):
+            return lang
+    return "zh" if re.search(f"[{HAN}]", messages_of(record["prompt"])[-1]["content"]) else "en"
 
 
 def key_of(item):
     return item["kind"], json.dumps(item["prompt"], ensure_ascii=False)
 
 
-def choose_samples(items, count):
-    """`count` items of each language, taken in turn from its kinds; in each kind by the prompt's hash.
+def hash_of(item):
+    """By which prompts are chosen: neither by hand nor from the file's beginning, and alike at every run."""
+    return hashlib.sha256(repr(key_of(item)).encode()).hexdigest()
 
-    So a sample is neither picked by hand nor the file's beginning, and it is the same at every run.
-    """
+
+def choose_samples(items, count):
+    """`count` items of each language, taken in turn from its kinds; in each kind by the prompt's hash."""
     chosen = []
     for lang in ("en", "zh"):
         own = {key_of(i): i for i in items if i["lang"] == lang and i["kind"] != "continuation"}
-        turns, turn = [], {}
-        for key in sorted(own, key=lambda key: hashlib.sha256(repr(key).encode()).hexdigest()):
-            turn[key[0]] = turn.get(key[0], 0) + 1
-            turns.append((turn[key[0]], key))
-        picked = sorted(sorted(turns)[:count], key=lambda pair: (pair[1][0], pair[0]))  # kind by kind
-        chosen += [own[key] for _, key in picked]
+        kinds = defaultdict(list)
+        for item in sorted(own.values(), key=hash_of):
+            kinds[item["kind"]].append(item)
+        turns = sorted((turn, kind) for kind, own in kinds.items() for turn in range(len(own)))[:count]
+        chosen += [kinds[kind][turn] for kind, turn in sorted((kind, turn) for turn, kind in turns)]
     return chosen
 
 
@@ -229,8 +227,7 @@ def continuations(samples):
     return [{**s, "prompt": messages_of(s["prompt"])[0]["content"], "kind": "continuation"} for s in single]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Answers and verdicts
+# ---- Answers and verdicts ----------------------------------------------------------------------------------
 
 
 def encode_prompt(tokenizer, item):
@@ -240,31 +237,35 @@ def encode_prompt(tokenizer, item):
     return encode_chat(tokenizer, messages_of(item["prompt"]), generation_prompt=True)[0]
 
 
+def in_batches(rows, size, ranks, name, work):
+    """All that work(batch) gives for batches of rows, in the rows' order; ranks take batches in turn."""
+    found = {}
+    firsts = range(ranks.rank * size, len(rows), ranks.world_size * size)
+    for first in tqdm(firsts, name, disable=None, leave=False):
+        found[first] = work(rows[first : first + size])
+    parts = sorted(part for share in ranks.gather(found) for part in share.items())
+    return [result for _, results in parts for result in results]
+
+
 def answer_prompts(model, tokenizer, items, stop, options, ranks, name=""):
     """Greedy answers: items with "answer" (text) and "finished" (it ended by itself), in the items' order.
 
     A batch holds prompts of a kind and like length: little padding, and answers that end at about the same
-    time; ranks take batches in turn. A prompt with no room for an answer in the context is left out.
+    time. A prompt with no room for an answer in the context is left out.
     """
-    encoded = [encode_prompt(tokenizer, item) for item in items]
+    encoded, answers = [encode_prompt(tokenizer, item) for item in items], {}
     room = model.config.max_position_embeddings - options.max_new_tokens
-    order = sorted(range(len(items)), key=lambda i: (items[i]["kind"], len(encoded[i])))
-    batches, size, answers = [], options.batch_size, {}
+    fit = [i for i, ids in enumerate(encoded) if len(ids) <= room]
+    fit.sort(key=lambda i: (items[i]["kind"], len(encoded[i])))
     for cloze in (True, False):
-        own = [i for i in order if (items[i]["kind"] == "cloze") == cloze and len(encoded[i]) <= room]
+        own = [i for i in fit if (items[i]["kind"] == "cloze") == cloze]
         tokens = min(options.max_new_tokens, CLOZE_TOKENS) if cloze else options.max_new_tokens
-        batches += [(own[first : first + size], tokens) for first in range(0, len(own), size)]
-    for batch, tokens in tqdm(batches[ranks.rank :: ranks.world_size], name, disable=None, leave=False):
-        for i, sample in zip(batch, generate(model, [encoded[i] for i in batch], tokens, stop)):
+        samples = in_batches(own, options.batch_size, ranks, name, lambda batch: generate(
+            model, [encoded[i] for i in batch], tokens, stop))
+        for i, sample in zip(own, samples):
             text = tokenizer.decode(sample.ids[:-1] if sample.finished else sample.ids)
             answers[i] = {**items[i], "answer": text, "finished": sample.finished}
-    answers = gathered(answers, ranks)
     return [answers[i] for i in sorted(answers)]
-
-
-def gathered(found, ranks):
-    """What all ranks found, {what: result}: each has looked for other things."""
-    return {i: result for share in ranks.gather(found) for i, result in share.items()}
 
 
 def verdict_of(score, prompt, answer, meta):
@@ -280,15 +281,14 @@ def verdict_of(score, prompt, answer, meta):
     return verdict
 
 
-def judge(answers, score):
-    """Put the scorer's verdict into every answer; {} where a text was only continued."""
-    for a in answers:
-        own = None if a["kind"] == "continuation" else score
-        a["verdict"] = verdict_of(own, a["prompt"], a["answer"], a["meta"])
-    return answers
+def judged(a, score):
+    """An answer with the scorer's verdict; {} where a text was only continued. KeyError where it is none."""
+    own = None if a["kind"] == "continuation" else score
+    verdict = verdict_of(own, a["prompt"], a["answer"], a["meta"])
+    return {**a, "lang": a["lang"], "finished": a["finished"], "verdict": verdict}
 
 
-def run_stage(name, folder, items, options, judges, ranks):
+def run_stage(name, folder, items, options, reference, ranks):
     """Measure a folder: (answers, not judged yet; {language: bits per byte}, on rank 0; {language: KL})."""
     began = time.perf_counter()
     model, tokenizer = load_folder(folder, ranks.device, DTYPES[options.dtype])
@@ -296,15 +296,14 @@ def run_stage(name, folder, items, options, judges, ranks):
     bits = bits_per_byte(model, tokenizer, shards, options.max_length, max_windows=options.max_windows)
     stop = stop_ids(folder, tokenizer) | {tokenizer.endoftext}
     answers = answer_prompts(model, tokenizer, items, stop, options, ranks, name)
-    divergence = kl_to_reference(model, tokenizer, folder, items, stop, options, judges, ranks)
+    divergence = kl_to_reference(model, tokenizer, folder, items, stop, options, reference, ranks)
     left_out = len(items) - len(answers)
     note = f"; left out {left_out} prompts too long for its context" if left_out else ""
     say(ranks, f"{name}: {len(answers)} answers in {time.perf_counter() - began:.1f} s{note}")
     return answers, bits, divergence
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Alignment: the reward model's scores, KL to the reference, agreement with the scorer, PPO's samples
+# ---- Alignment: the reward model's scores, KL to the reference, agreement with the scorer, PPO's samples ---
 
 KL_PROMPTS = 200  # of each language
 
@@ -320,57 +319,33 @@ PAIRS = {
 }
 
 
-@dataclass
-class Judges:
-    """The models that stages are measured with, (model, tokenizer) each; None where not asked for."""
-
-    reward: tuple | None
-    reference: tuple | None
-
-
-def load_judges(options, device):
-    dtype = DTYPES[options.dtype]
-    reward = load_folder(options.reward, device, dtype, RewardModel) if options.reward else None
-    return Judges(reward, load_folder(options.reference, device, dtype) if options.reference else None)
-
-
 def pad_right(rows, device):
     """Rows of ids -> ids (B, T), padded behind, where causal attention of what is before does not look."""
-    rows = [torch.tensor(row) for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
 
 
 @torch.inference_mode()
-def reward_scores(judge, asked, options, ranks):
+def reward_scores(reward, asked, options, ranks):
     """The reward model's score of each (prompt, answer, whether it ended): floats, None beyond its context.
 
     It is read at the last token, as in PPO: <|im_end|>, or where an answer was cut off. Stages often answer
     alike, so equal dialogues are scored once.
     """
-    model, tokenizer = judge
+    model, tokenizer = reward
     rows = [tuple(encode_answer(tokenizer, messages_of(prompt), messages_of(answer, "assistant"))[0]
                   [: None if ended else -1]) for prompt, answer, ended in asked]
-    longest, size, scores = model.config.max_position_embeddings, options.batch_size, {}
-    order = sorted((row for row in dict.fromkeys(rows) if len(row) <= longest), key=len)
-    batches = [order[first : first + size] for first in range(0, len(order), size)]
-    batches = batches[ranks.rank :: ranks.world_size]
-    for batch in tqdm(batches, "rewards", disable=None, leave=False):
+    fit = [row for row in dict.fromkeys(rows) if len(row) <= model.config.max_position_embeddings]
+
+    def score(batch):
         last = torch.tensor([[len(row) - 1] for row in batch], device=ranks.device)  # (B, 1)
-        found = model(pad_right(batch, ranks.device)).gather(1, last)  # (B, 1)
-        scores |= dict(zip(batch, found[:, 0].tolist()))
-    scores = gathered(scores, ranks)
+        return model(pad_right(batch, ranks.device)).gather(1, last)[:, 0].tolist()
+
+    fit.sort(key=len)
+    scores = dict(zip(fit, in_batches(fit, options.batch_size, ranks, "rewards", score)))
     return [scores.get(row) for row in rows]
 
 
-def add_reward(answers, judges, options, ranks):
-    """Put the reward model's score into every chat answer, as rm_reward."""
-    chats = [a for a in answers if a["kind"] not in PLAIN]
-    asked = [(a["prompt"], a["answer"], a["finished"]) for a in chats]
-    for a, value in zip(chats, reward_scores(judges.reward, asked, options, ranks)):
-        a["rm_reward"] = value
-
-
-def kl_to_reference(model, tokenizer, folder, items, stop, options, judges, ranks):
+def kl_to_reference(model, tokenizer, folder, items, stop, options, reference, ranks):
     """{language: mean KL(stage || reference) a token, in nats}, over the whole vocabulary.
 
     Over answers that the stage itself samples at temperature 1, to prompts that are the same for every stage,
@@ -378,23 +353,22 @@ def kl_to_reference(model, tokenizer, folder, items, stop, options, judges, rank
     tokenizer; 0 for the reference itself.
     """
     pretrained = read_if_there(folder / "run.json").get("stage") == "pretrain"
-    if not judges.reference or pretrained or tokenizer.hash != judges.reference[1].hash:
+    if not reference or pretrained or tokenizer.hash != reference[1].hash:
         return {}
     if folder.resolve() == Path(options.reference).resolve():
         return dict.fromkeys(("en", "zh"), 0.0)
     divergence, room = {}, model.config.max_position_embeddings - options.max_new_tokens
     for lang in ("en", "zh"):
-        own = [i for i in items if i["lang"] == lang and i["kind"] not in PLAIN]
-        own = sorted(own, key=lambda i: hashlib.sha256(repr(key_of(i)).encode()).hexdigest())[:KL_PROMPTS]
-        prompts = sorted((encode_prompt(tokenizer, item) for item in own), key=len)
-        prompts, kl = [p for p in prompts if len(p) <= room], {}
-        for first in range(32 * ranks.rank, len(prompts), 32 * ranks.world_size):
-            rows = range(first, min(first + 32, len(prompts)))
+        own = sorted((i for i in items if i["lang"] == lang and i["kind"] not in PLAIN), key=hash_of)
+        encoded = sorted((encode_prompt(tokenizer, item) for item in own[:KL_PROMPTS]), key=len)
+        prompts = [ids for ids in encoded if len(ids) <= room]
+
+        def kl(rows):
             asked = [prompts[row] for row in rows]
             samples = generate(model, asked, options.max_new_tokens, stop, temperature=1.0, rows=rows)
-            kl[first] = kl_of_tokens(model, judges.reference[0], asked, [s.ids for s in samples])
-        values = [v for _, part in sorted(gathered(kl, ranks).items()) for v in part]
-        divergence[lang] = mean(values)
+            return kl_of_tokens(model, reference[0], asked, [s.ids for s in samples])
+
+        divergence[lang] = mean(in_batches(range(len(prompts)), 32, ranks, "KL", kl))
     return divergence
 
 
@@ -414,32 +388,29 @@ def kl_of_tokens(model, reference, prompts, answers):
     return kl
 
 
-def read_rankings(path, lists):
-    """Records of `prompt` and of these lists of one length, with lang; InputError naming file and line."""
-    for number, record in read_jsonl(path):
-        found = [record.get(key) for key in lists]
-        try:
-            if not all(isinstance(own, list) and len(own) == len(found[0]) for own in found):
-                raise InputError(f"expected lists of one length: {', '.join(lists)}")
-            prompt_messages(record)
-            for answer in found[0]:
-                check_messages(messages_of(answer, "assistant"))
-        except InputError as error:
-            raise InputError(f"{path}:{number}: {error}") from None
-        yield {**record, "meta": record.get("meta") or {}, "lang": lang_of(record)}
+def ranking(record, scored=False):
+    """A ranking or a pair, checked, with completions, ranks, meta and lang; `scored`: it has scores too."""
+    prompt_messages(record)
+    _, answers, ranks = record_ranking(record)
+    scores = record.get("scores") if scored else ranks
+    if not isinstance(scores, list) or len(scores) != len(ranks):
+        raise InputError("expected a list `scores`, one for each of `completions`")
+    texts = [a[0]["content"] if len(a) == 1 else a for a in answers]
+    more = {"completions": texts, "ranks": ranks, "meta": record.get("meta", {}), "lang": lang_of(record)}
+    return {**record, **more}
 
 
-def score_rankings(options, judges, ranks):
+def score_rankings(options, reward, ranks):
     """What the reward model is judged by, with its scores: --ranked, and what reward.py held out.
 
     One with an answer beyond its context is left out. Returns (records, how many were left out).
     """
-    records = [r for file in options.ranked for r in read_rankings(Path(file), ("completions", "ranks"))]
+    records = [r for file in options.ranked for r in read_records(Path(file), ranking)]
     asked = [(r["prompt"], answer, True) for r in records for answer in r["completions"]]
-    scores = iter(reward_scores(judges.reward, asked, options, ranks))
+    scores = iter(reward_scores(reward, asked, options, ranks))
     scored = [{"from": "ranked", **r, "scores": [next(scores) for _ in r["completions"]]} for r in records]
     whole, path = [r for r in scored if None not in r["scores"]], Path(options.reward) / "valid.jsonl"
-    held_out = read_rankings(path, ("completions", "ranks", "scores")) if path.is_file() else ()
+    held_out = read_records(path, lambda r: ranking(r, scored=True)) if path.is_file() else ()
     return whole + [{"from": "held out", **r} for r in held_out], len(scored) - len(whole)
 
 
@@ -448,14 +419,13 @@ def pairs_of(record, score):
     texts = [a if isinstance(a, str) else a[-1]["content"] for a in record["completions"]]
     meta, ranks, scores = record["meta"], record["ranks"], record["scores"]
     verdicts = [verdict_of(score, record["prompt"], text, meta) for text in texts]
-    for i in range(len(ranks)):
-        for j in range(len(ranks)):
-            if ranks[i] < ranks[j]:
-                kinds = [name for name, (prompts, better, worse) in PAIRS.items()
-                         if (prompts is None or meta.get("kind") in prompts)
-                         and verdicts[i].get(better) == 1 and verdicts[j].get(better) == 0
-                         and (worse is None or verdicts[j].get(worse) == 1)]
-                yield scores[i] - scores[j], kinds, len(texts[i]) - len(texts[j])
+    for i, j in itertools.permutations(range(len(ranks)), 2):
+        if ranks[i] < ranks[j]:
+            kinds = [name for name, (prompts, better, worse) in PAIRS.items()
+                     if (prompts is None or meta.get("kind") in prompts)
+                     and verdicts[i].get(better) == 1 and verdicts[j].get(better) == 0
+                     and (worse is None or verdicts[j].get(worse) == 1)]
+            yield scores[i] - scores[j], kinds, len(texts[i]) - len(texts[j])
 
 
 def agreement(margins):
@@ -496,44 +466,33 @@ def calibration(margins, bins=10):
     placed = defaultdict(list)
     for margin in margins:
         confidence = 1 / (1 + math.exp(-min(abs(margin), 700)))
-        placed[min(int((confidence - 0.5) * 2 * bins), bins - 1)].append((confidence, margin > 0))
-    table = [[mean(c for c, _ in own), mean(right for _, right in own), len(own)]
+        placed[min(int((confidence - 0.5) * 2 * bins), bins - 1)].append((confidence, margin))
+    table = [[mean(c for c, _ in own), agreement(m for _, m in own), len(own)]
              for _, own in sorted(placed.items())]
-    count = sum(n for _, _, n in table)
-    return (math.fsum(abs(c - r) * n for c, r, n in table) / count if count else None), table
+    error = math.fsum(abs(c - right) * n for c, right, n in table) / len(margins) if margins else None
+    return error, table
 
 
-def ppo_curves(folders, score):
-    """{run: [{step, rm_reward, gold, kl, distinct_2}]}: means over a PPO run's own samples, step by step.
+def ppo_curves(report, score):
+    """{run: [{step, rm_reward, gold, kl, distinct_2}]}: means over a PPO run's own samples, step by step."""
 
-    folders: {name: folder}; those without samples.jsonl are no PPO runs.
-    """
+    def sample(s):
+        gold = verdict_of(score, s["prompt"], s["answer"], s.get("meta") or {}).get("gold")
+        return {"gold": gold, **{key: s[key] for key in ("step", "rm_reward", "kl", "answer")}}
+
     curves = {}
-    for name, path in ((name, Path(folder) / "samples.jsonl") for name, folder in folders.items()):
-        steps = defaultdict(list)
-        for number, s in read_jsonl(path) if path.is_file() else ():
-            if not {"step", "prompt", "answer", "rm_reward", "kl"} <= s.keys():
-                raise InputError(f"{path}:{number}: this is no sample of ppo.py")
-            gold = verdict_of(score, s["prompt"], s["answer"], s.get("meta") or {}).get("gold")
-            steps[s["step"]].append({**s, "gold": gold})
-        if steps:
-            curves[name] = [{"step": step, "rm_reward": mean(s["rm_reward"] for s in own),
-                             "gold": mean(s["gold"] for s in own), "kl": mean(s["kl"] for s in own),
-                             "distinct_2": distinct_2(s["answer"] for s in own)}
-                            for step, own in sorted(steps.items())]
+    for name, folder in runs_of(report).items():
+        path, steps = Path(folder) / "samples.jsonl", defaultdict(list)
+        for s in read_records(path, sample) if path.is_file() else ():  # else it is no PPO run
+            steps[s["step"]].append(s)
+        for step, own in sorted(steps.items()):
+            means = {key: mean(s[key] for s in own) for key in ("rm_reward", "gold", "kl")}
+            means["distinct_2"] = distinct_2(s["answer"] for s in own)
+            curves.setdefault(name, []).append({"step": step, **means})
     return curves
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Files
-
-
-def read_answers(path):
-    """The answers that `finish` wrote; InputError naming file and line for anything else."""
-    for number, record in read_jsonl(path):
-        if not {"prompt", "answer", "meta", "kind", "lang", "finished"} <= record.keys():
-            raise InputError(f"{path}:{number}: this is no answer of evaluate.py")
-        yield record
+# ---- Files -------------------------------------------------------------------------------------------------
 
 
 def read_if_there(path):
@@ -550,10 +509,21 @@ def seconds_of(folders, run):
     return {stage: round(seconds, 1) for stage, seconds in noted.items() if seconds is not None}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The page: one function a section, each gives HTML, or nothing where there is nothing to tell
+# ---- The page: one function a section, each gives HTML, or nothing where there is nothing to tell ----------
 
-COLORS = ("#3b6ea5", "#d0743c", "#4f9a6b")
+COLORS = {"en": "C0", "zh": "C1", "whole": "C0", "INT8": "C1", "INT4": "C2"}  # of bars and dots
+PLOTS = {
+    "axes.prop_cycle": matplotlib.cycler(color=["#3b6ea5", "#d0743c", "#4f9a6b", "#8b6bb1", "#b8a13c"]),
+    "figure.constrained_layout.use": True, "figure.constrained_layout.h_pad": 0.12, "svg.hashsalt": "flatlm",
+    "axes.titlelocation": "left", "axes.titlesize": 10, "axes.titlecolor": "#24292f",
+    "xaxis.labellocation": "right", "axes.labelsize": 8, "axes.labelcolor": "#6b7480",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#c5cad1",
+    "xtick.labelsize": 8, "ytick.labelsize": 8, "xtick.color": "#6b7480", "ytick.color": "#6b7480",
+    "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#eceef1", "grid.linewidth": 0.8,
+    "axes.axisbelow": True, "legend.frameon": False, "legend.fontsize": 8,
+}
+NOTES = {"valid_loss": "loss, held out", "kl": "KL to the SFT model, nats a token",
+         "valid_accuracy": "pairs in the right order, held out", "reward": "reward", "lr": "learning rate"}
 PACKED = {"facts_exact": "facts", "format_valid": "format", "harmful_rate_b": "harm B", "kl_to_sft": "KL"}
 STYLE = """
 body { margin: 0 auto; max-width: 1160px; padding: 40px 28px 80px; color: #24292f; font: 15px/1.55 system-ui,
@@ -575,9 +545,10 @@ tr + tr th { padding-top: 22px }
 def page(report, answers):
     """The whole of report.html; answers: {stage: records}."""
     names = html.escape(" → ".join(report["stages"]))
-    sections = [figures_section(report), reward_section(report), ppo_section(report), packed_section(report),
-                samples_section(report, answers), curves_section(report), cleaning_section(report),
-                cost_section(report)]
+    with matplotlib.rc_context(PLOTS):
+        sections = [figures_section(report), reward_section(report), ppo_section(report),
+                    packed_section(report), samples_section(report, answers), curves_section(report),
+                    cleaning_section(report), cost_section(report)]
     return ('<!doctype html>\n<html lang="en"><meta charset="utf-8"><meta name="viewport" '
             f'content="width=device-width"><title>flatlm: {names}</title><style>{STYLE}</style>\n'
             f"<h1>flatlm</h1><p>{names}</p>\n{''.join(sections)}</html>\n")
@@ -587,11 +558,15 @@ def section(title, text, body):
     return f"<h2>{title}</h2><p>{text}</p>{body}\n" if body else ""
 
 
-def table(*rows, headings=(0,)):
-    """HTML table; cells are strings of HTML; the rows with these numbers are headings."""
-    lines = ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n" for row in rows]
-    lines = [line.replace("td>", "th>") if i in headings else line for i, line in enumerate(lines)]
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+def table(*groups):
+    """HTML table of groups of rows of cells; a group's first row is a heading; figures are explained."""
+    lines = []
+    for i, row in (pair for rows in groups for pair in enumerate(rows)):
+        cells = [html.escape(str(cell)) for cell in row]
+        if row[0] in FIGURES:
+            cells[0] += f" {FIGURES[row[0]][3]}<small>{FIGURES[row[0]][2]}</small>"
+        lines.append("".join(f"<td>{cell}</td>" if i else f"<th>{cell}</th>" for cell in cells))
+    return f'<div class="wide"><table>{"".join(f"<tr>{line}</tr>{chr(10)}" for line in lines)}</table></div>'
 
 
 def shown(name, value):
@@ -625,57 +600,35 @@ def reward_rows(report):
 
 
 def figures_section(report):
-    rows, headings = [], []
-    for lang in LANGUAGES:
-        header, *lines = figure_rows(report, lang) or [[]]
-        headings.append(len(rows))
-        rows += [[*map(html.escape, header)]] if header else []
-        for name, *cells in lines:
-            _, _, says, arrow = FIGURES[name]
-            rows.append([f"{name} {arrow}<small>{says}</small>", *cells])
     text = "Greedy answers to test prompts, English (en) and Chinese (zh). Arrows say which way is better."
-    return section("What each stage can do", text, table(*rows, headings=headings))
+    return section("What each stage can do", text, table(*(figure_rows(report, lang) for lang in LANGUAGES)))
 
 
 def draw(figure):
     """A matplotlib figure as an <img> that holds its SVG: no files beside the page, equal at every run."""
-    with matplotlib.rc_context({"svg.hashsalt": "flatlm"}):
-        stream = io.BytesIO()
-        figure.savefig(stream, format="svg", metadata={"Date": None}, transparent=True)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None}, transparent=True)
     return f'<img alt="" src="data:image/svg+xml;base64,{base64.b64encode(stream.getvalue()).decode()}">'
-
-
-def panel(figure, place, title, label=""):
-    """A small plot at `place` of a figure's grid; label: of what is on its horizontal axis."""
-    axis = figure.add_subplot(place)
-    axis.set_title(title, loc="left", fontsize=10, color="#24292f")
-    axis.set_xlabel(label, loc="right", fontsize=8, color="#6b7480")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.spines[["left", "bottom"]].set_color("#c5cad1")
-    axis.tick_params(labelsize=8, colors="#6b7480")
-    axis.grid(axis="y", color="#eceef1", linewidth=0.8)
-    axis.set_axisbelow(True)
-    return axis
 
 
 def plot(axis, lines, mark="-"):
     """Curves into a panel; lines: {name: [(step, value)]}, long ones in means."""
-    for color, (name, points) in zip(COLORS, lines.items()):
+    for name, points in lines.items():
         size = max(1, len(points) // 100)
         pieces = [points[i : i + size] for i in range(0, len(points), size)]
         steps, values = [piece[-1][0] for piece in pieces], [mean(v for _, v in piece) for piece in pieces]
-        axis.plot(steps, values, mark, label=name, color=color, markersize=3, linewidth=1.3)
+        axis.plot(steps, values, mark, label=name, markersize=3, linewidth=1.3)
     if len(lines) > 1:
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend()
 
 
-def bars(axis, groups, show="{:.3g}"):
-    """Bars side by side, each with its number; groups: {name: [(label, value, color)]}; no bar for None."""
+def bars(axis, groups, show):
+    """Bars side by side, each with its number; groups: {name: [(label, value)]}; no bar for None."""
     ticks, x = {}, 0.0
     for name, own in groups.items():
         own = [bar for bar in own if bar[1] is not None]
-        for place, (label, value, color) in enumerate(own):
-            drawn = axis.bar(x + place, value, 0.9, color=color)
+        for place, (label, value) in enumerate(own):
+            drawn = axis.bar(x + place, value, 0.9, color=COLORS[label])
             axis.bar_label(drawn, [show.format(value)], fontsize=7, color="#6b7480", padding=1)
             axis.annotate(label, (x + place, 0), (0, 3), textcoords="offset points", ha="center", fontsize=7,
                           color="white", rotation=90)
@@ -687,133 +640,115 @@ def bars(axis, groups, show="{:.3g}"):
 
 def read_curves(folder):
     """{name: [(step, value)]} of a folder's metrics.jsonl; a step that was run twice counts once."""
-    steps, curves, path = {}, {}, Path(folder) / "metrics.jsonl"
+    steps, curves, path = defaultdict(dict), defaultdict(list), Path(folder) / "metrics.jsonl"
     for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
-        if line.endswith("}"):  # a killed run leaves half a line
-            steps.setdefault(json.loads(line)["step"], {}).update(json.loads(line))
+        if line.endswith("}") and "step" in (record := json.loads(line)):  # a killed run leaves half a line
+            steps[record["step"]] |= record
     for step, line in sorted(steps.items()):
         for name, value in {**line, **(line.get("bits_per_byte") or {})}.items():
             if isinstance(value, (int, float)) and math.isfinite(value):
-                curves.setdefault(name, []).append((step, value))
+                curves[name].append((step, value))
     return curves
 
 
 def curves_section(report):
     """A row for each run that left metrics: its loss, and the two most telling of what else it noted."""
-    notes = {"valid_loss": "loss, held out", "kl": "KL to the SFT model, nats a token",
-             "valid_accuracy": "pairs in the right order, held out", "reward": "reward",
-             "lr": "learning rate"}
     curves = {name: own for name, folder in runs_of(report).items() if "loss" in (own := read_curves(folder))}
     if not curves:
         return ""
-    figure = Figure(figsize=(11, 2.5 * len(curves)), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.12)
-    grid = figure.add_gridspec(len(curves), 3)
+    figure = Figure((11, 2.5 * len(curves)))
     for row, (name, own) in enumerate(curves.items()):
         bits = {lang: own[lang] for lang in LANGUAGES if lang in own}
-        panels = [(says, {key: own[key]}) for key, says in notes.items() if key in own]
+        panels = [(says, {key: own[key]}) for key, says in NOTES.items() if key in own]
         panels = [("bits per byte, held out", bits), *panels[-1:]] if bits else panels[:2]
-        for column, (says, lines) in enumerate([("loss", {"loss": own["loss"]}), *panels]):
+        for column, (says, lines) in enumerate([("loss", {"loss": own["loss"]}), *panels], 1):
             few = len(next(iter(lines.values()))) < 50
-            plot(panel(figure, grid[row, column], f"{name}: {says}"), lines, "o-" if few else "-")
+            axis = figure.add_subplot(len(curves), 3, 3 * row + column, title=f"{name}: {says}")
+            plot(axis, lines, "o-" if few else "-")
     return section("Training", "By step, from each folder's metrics.jsonl.", draw(figure))
 
 
 def runs_of(report):
     """{name: folder} of all that was trained: the stages, the reward model, a run for the plots only."""
     settings, runs = report["settings"], dict(report["settings"]["models"])
-    for folder in (settings.get("reward"), settings.get("hacking")):
-        runs |= {Path(folder).resolve().name: folder} if folder else {}
+    for folder in filter(None, (settings.get("reward"), settings.get("hacking"))):
+        name = Path(folder).resolve().name
+        if Path(runs.setdefault(name, folder)).resolve() != Path(folder).resolve():
+            raise InputError(f"two folders of one name, {name}, and a stage is called by its folder's name")
     return runs
 
 
 def reward_section(report):
     """The reward model's accuracy by kind of pair, and what its confidence is worth."""
-    rows = [[*map(html.escape, row)] for row in reward_rows(report)]
-    if not rows:
+    if not report.get("reward"):
         return ""
-    found, bins = report["reward"], report["calibration"]
-    figure = Figure(figsize=(11, 3.1), layout="constrained")
-    grid = figure.add_gridspec(1, 3)
-    kinds = {kind: [(lang, found[lang]["by_kind"][kind], color) for lang, color in zip(("en", "zh"), COLORS)]
-             for kind in PAIRS}
-    axis = panel(figure, grid[:2], "Pairs in the right order, by kind")
-    bars(axis, {kind: own for kind, own in kinds.items() if any(v is not None for _, v, _ in own)}, "{:.0%}")
-    axis.set_ylim(0, 1.05)
+    figure, found = Figure((11, 3.1)), report["reward"]
+    kinds = {kind: [(lang, found[lang]["by_kind"][kind]) for lang in ("en", "zh")] for kind in PAIRS}
+    axis = figure.add_subplot(1, 3, (1, 2), title="Pairs in the right order, by kind", ylim=(0, 1.05))
+    bars(axis, {kind: own for kind, own in kinds.items() if any(v is not None for _, v in own)}, "{:.0%}")
     axis.axhline(0.5, color="#6b7480", linewidth=1, linestyle=":")
-    axis = panel(figure, grid[2], "Share right, pairs held out", "confidence")
+    axis = figure.add_subplot(1, 3, 3, title="Share right, pairs held out", xlabel="confidence")
     axis.plot([0.5, 1], [0.5, 1], ":", color="#6b7480", linewidth=1)
-    plot(axis, {lang: [(c, right) for c, right, _ in bins[lang]] for lang in bins if bins[lang]})
-    for color, own in zip(COLORS, bins.values()):  # a dot's area: how many pairs it stands for
-        confidence, right, pairs = zip(*own) if own else ((), (), ())
-        axis.scatter(confidence, right, [300 * n / sum(pairs) for n in pairs], color, alpha=0.6)
+    bins = {lang: own for lang, own in report["calibration"].items() if own}
+    plot(axis, {lang: [(confidence, right) for confidence, right, _ in own] for lang, own in bins.items()})
+    for lang, own in bins.items():  # a dot's area: how many pairs it stands for
+        confidence, right, pairs = zip(*own)
+        axis.scatter(confidence, right, [300 * n / sum(pairs) for n in pairs], COLORS[lang], alpha=0.6)
     text = ("Pairs of answers that it puts in the right order: on test prompts, by the scorer (gold), and on "
             "those that reward.py held out, by their own labels, some of which are wrong. Chance is a half; "
             "on the dotted diagonal its confidence is what it is worth.")
-    return section("The reward model", text, draw(figure) + table(*rows))
+    return section("The reward model", text, draw(figure) + table(reward_rows(report)))
 
 
 def ppo_section(report):
     """What became of the scorer's reward while PPO raised the reward model's; both against KL."""
-    curves = report.get("ppo", {})
-    if not curves:
+    if not report.get("ppo"):
         return ""
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.12)
-    grid = figure.add_gridspec(2, 2)
+    figure = Figure((11, 6))
     for column, (y, says) in enumerate((("rm_reward", "Proxy: the reward model's score"),
-                                        ("gold", "Gold: the scorer's reward"))):
-        by_step = panel(figure, grid[0, column], says, "step")
-        by_kl = panel(figure, grid[1, column], f"{says}, against KL", "KL to the SFT model, nats a token")
-        for color, (name, curve) in zip(COLORS, curves.items()):
-            curve = [c for c in curve if None not in (c[y], c["kl"])]
+                                        ("gold", "Gold: the scorer's reward")), 1):
+        by_step = figure.add_subplot(2, 2, column, title=says, xlabel="step")
+        by_kl = figure.add_subplot(2, 2, column + 2, title=f"{says}, against KL", xlabel=NOTES["kl"])
+        for number, (name, curve) in enumerate(report["ppo"].items()):
+            color, curve = f"C{number}", [c for c in curve if None not in (c[y], c["kl"])]
             steps, kl, values = ([c[key] for c in curve] for key in ("step", "kl", y))
             means = [mean(values[max(0, i - 3) : i + 4]) for i in range(len(values))]
             by_step.plot(steps, values, ".", color=color, alpha=0.35, markersize=4)
             by_step.plot(steps, means, label=name, color=color, linewidth=1.6)
             by_kl.scatter(kl, values, 14, color, label=name, linewidth=0, alpha=0.7)
-        for axis in (by_step, by_kl):
-            axis.legend(frameon=False, fontsize=8)
+        by_step.legend()
+        by_kl.legend()
     text = ("A dot is the mean over one step's samples, a line the mean over seven steps. Proxy is what PPO "
             "is trained on, gold is what was meant: where the first rises and the second falls, the reward "
             "model is being exploited.")
     return section("PPO: proxy against gold", text, draw(figure))
 
 
-def packed_families(report):
-    """{source: {what its weights are: stage}}: the source itself, and the stages quantized from it."""
-    families = {}
+def packed_section(report):
+    """What low-bit weights cost: size and figures of each quantized stage beside its source."""
+    families, stages, size = {}, report["stages"], report["bytes"]
     for name, folder in report["settings"]["models"].items():
         run = read_if_there(Path(folder) / "run.json")
         source = Path(run["options"]["model"]).resolve().name if run.get("stage") == "quantize" else None
-        if source in report["stages"]:
-            families.setdefault(source, {"whole": source})[f"INT{run['options']['bits']}"] = name
-    return families
-
-
-def packed_section(report):
-    """What low-bit weights cost: size and figures of each quantized stage beside its source."""
-    families, stages, size = packed_families(report), report["stages"], report["bytes"]
+        if source in stages:
+            families.setdefault(source, [("whole", source)]).append((f"INT{run['options']['bits']}", name))
     if not families:
         return ""
-    figure = Figure(figsize=(11, 2.8), layout="constrained")
-    grid, colors = figure.add_gridspec(1, 3), dict(zip(("whole", "INT8", "INT4"), COLORS))
-    panels = {"Megabytes": ("{:.1f}", {name: bytes / 1e6 for name, bytes in size.items()})}
-    for lang in ("en", "zh"):
-        facts = {name: stage[lang]["facts_exact"] for name, stage in stages.items()}
-        panels[f"facts_exact, {lang}"] = "{:.1%}", facts
-    for column, (title, (show, values)) in enumerate(panels.items()):
-        groups = {source: [(label, values[name], colors[label]) for label, name in own.items()]
-                  for source, own in families.items()}
-        bars(panel(figure, grid[column], title), groups, show)
+    figure = Figure((11, 2.8))
+    for column, (title, show, value) in enumerate((
+            ("Megabytes", "{:.1f}", lambda name: size[name] / 1e6),
+            ("facts_exact, en", "{:.1%}", lambda name: stages[name]["en"]["facts_exact"]),
+            ("facts_exact, zh", "{:.1%}", lambda name: stages[name]["zh"]["facts_exact"])), 1):
+        groups = {source: [(label, value(name)) for label, name in own] for source, own in families.items()}
+        bars(figure.add_subplot(1, 3, column, title=title), groups, show)
     rows = [["", "MB", "of whole", *(f"{says} {lang}" for says in PACKED.values() for lang in ("en", "zh"))]]
     for source, own in families.items():
-        for label, name in own.items():
+        for label, name in own:
             cells = [shown(key, stages[name][lang][key]) for key in PACKED for lang in ("en", "zh")]
             share = f"{size[name] / max(size[source], 1):.3f}"
-            rows.append([html.escape(f"{name} ({label})"), f"{size[name] / 1e6:.2f}", share, *cells])
+            rows.append([f"{name} ({label})", f"{size[name] / 1e6:.2f}", share, *cells])
     text = "Each model as it was trained, and after rounding its linear layers to 8 or 4 bits."
-    return section("Low-bit weights", text, draw(figure) + table(*rows))
+    return section("Low-bit weights", text, draw(figure) + table(rows))
 
 
 def cleaning_section(report):
@@ -822,12 +757,12 @@ def cleaning_section(report):
     cleaning, planted = read_if_there(corpus / "report.json"), read_if_there(corpus / "cleaning.json")
     columns = cleaning.get("all", {})  # read, kept, and every reason
     sources = {**cleaning.get("sources", {}), "all": columns}
-    rows = [[html.escape(name), *(own.get(key, "") for key in columns)] for name, own in sources.items()]
-    body = columns and table(["source", *(key.replace("_", " ") for key in columns)], *rows)
+    rows = [[name, *(own.get(key, "") for key in columns)] for name, own in sources.items()]
+    body = columns and table([["source", *(key.replace("_", " ") for key in columns)], *rows])
     noise = [[label.replace("_", " "), row["documents"], row["dropped"], f"{100 * row['recall']:.1f} %"]
              for label, row in planted.get("labels", {}).items()]
     if body and noise:
-        body += "<br>" + table(["planted", "documents", "dropped", "treated as it should be"], *noise)
+        body += "<br>" + table([["planted", "documents", "dropped", "treated as it should be"], *noise])
     return section("Cleaning", "Documents read, kept, and dropped by reason.", body)
 
 
@@ -865,96 +800,90 @@ def answer_cell(stage, a):
 
 def cost_section(report):
     seconds, size = report["seconds"], report["bytes"]
-    rows = [[html.escape(name), f"{seconds[name]:,.1f}" if name in seconds else "–",
+    rows = [[name, f"{seconds[name]:,.1f}" if name in seconds else "–",
              f"{size[name] / 1e6:,.2f}" if name in size else "–"] for name in {**seconds, **size}]
-    rows.append(["all", f"{sum(seconds.values()):,.1f}", ""])
-    body = table(["stage", "seconds", "megabytes"], *rows)
+    body = table([["stage", "seconds", "megabytes"], *rows, ["all", f"{sum(seconds.values()):,.1f}", ""]])
     return section("Time and size", "Wall seconds of each stage, and its weights on disk.", body)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Runs
+# ---- Runs --------------------------------------------------------------------------------------------------
 
 
-def finish(report, answers, rankings, out):
-    """Write what there is to write, the page last: its presence says that all is whole. Print the figures."""
+def finish(report, answers, measured, rankings, score, out):
+    """Put the figures into the report; write all, the page last: its presence says that all is whole."""
+    report["stages"] = {name: figures(answers[name], *measured[name]) for name in answers}
+    report["reward"], report["calibration"] = reward_figures(rankings, score) if rankings else ({}, {})
     (out.parent / "answers").mkdir(parents=True, exist_ok=True)
     files = {f"answers/{stage}.jsonl": records for stage, records in answers.items()}
     for name, records in (files | ({"rankings.jsonl": rankings} if rankings else {})).items():
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        write_whole(out.parent / name, lines.encode())
+        write_whole(out.parent / name, lines.encode("utf-8", "replace"))  # meta is not checked
     write_json(out.parent / "report.json", report)
     write_whole(out, page(report, answers).encode())
-    print_table([row for lang in LANGUAGES for row in figure_rows(report, lang)])
-    print_table(reward_rows(report))
+    for rows in ([row for lang in LANGUAGES for row in figure_rows(report, lang)], reward_rows(report)):
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        for name, *cells in rows:
+            cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
+            print(name.ljust(widths[0]), *cells, sep="  ")
     print(f"wrote {out}, {out.parent / 'report.json'} and {out.parent / 'answers'}/")
-
-
-def print_table(rows):
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for name, *cells in rows:
-        print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), sep="  ")
 
 
 def evaluate(options, out, ranks):
     """Run every model, judge, and write the report."""
     began = time.perf_counter()
     folders = {Path(name).resolve().name: Path(name) for name in options.model}
-    absent = [str(folder) for folder in folders.values() if not folder.is_dir()]
-    if absent:
-        raise InputError(f"--model {' '.join(absent)}: no such folder; train it first")
-    if options.hacking and not Path(options.hacking, "samples.jsonl").is_file():
-        raise InputError(f"--hacking {options.hacking}: no samples.jsonl; it is to be a folder of ppo.py's")
-    others = [path for path in (options.reward, options.hacking) if path]
-    paths = {Path(path).resolve() for path in [*options.model, *others]}
-    if len(folders) < len(options.model) or len({path.name for path in paths}) < len(paths):
-        raise InputError("two folders of one name, and a stage is called by its folder's name")
+    for folder in folders.values():
+        if not folder.is_dir():
+            raise InputError(f"--model {folder}: no such folder; train it first")
+    if len(folders) < len(options.model):
+        raise InputError("--model: two folders of one name, and a stage is called by its folder's name")
     score = load_scorer(options.scorer) if options.scorer else None
     items = read_prompts(options.prompts, options.limit) if options.prompts else []
     if not score:
         items += continuations(choose_samples(items, options.samples))
     run = Path(options.data).parent if options.data else out.parent
-    settings = {"models": {name: str(folder) for name, folder in folders.items()}, "run": str(run),
-                "scorer": options.scorer, "samples": options.samples, "reward": options.reward,
-                "hacking": options.hacking}
-    report = {"stages": {}, "seconds": seconds_of(folders, run), "bytes": {}, "left_out": {}}
-    report["ppo"] = ppo_curves(runs_of({"settings": settings}), score)
-    judges, answers, measured = load_judges(options, ranks.device), {}, {}
-    rankings, left_out = score_rankings(options, judges, ranks) if judges.reward else ([], 0)
+    settings = {"models": {name: str(folder) for name, folder in folders.items()}, "run": str(run)}
+    settings |= {key: getattr(options, key) for key in ("scorer", "samples", "reward", "hacking")}
+    report = {"stages": {}, "seconds": seconds_of(folders, run), "bytes": {}, "left_out": {}, "ppo": {},
+              "reward": {}, "calibration": {}, "settings": settings}
+    report["ppo"] = ppo_curves(report, score)
+    dtype, answers, measured = DTYPES[options.dtype], {}, {}
+    reward = load_folder(options.reward, ranks.device, dtype, RewardModel) if options.reward else None
+    reference = load_folder(options.reference, ranks.device, dtype) if options.reference else None
+    rankings, left_out = score_rankings(options, reward, ranks) if reward else ([], 0)
     for name, folder in folders.items():
-        answers[name], *measured[name] = run_stage(name, folder, items, options, judges, ranks)
-        judge(answers[name], score)
+        found, *measured[name] = run_stage(name, folder, items, options, reference, ranks)
+        answers[name] = [judged(a, score) for a in found]
         report["bytes"][name] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        report["left_out"][name] = len(items) - len(answers[name])
-    if judges.reward:
-        add_reward([a for records in answers.values() for a in records], judges, options, ranks)
-    report["stages"] = {name: figures(answers[name], *measured[name]) for name in folders}
+        report["left_out"][name] = len(items) - len(found)
+    if reward:
+        chats = [a for records in answers.values() for a in records if a["kind"] not in PLAIN]
+        asked = [(a["prompt"], a["answer"], a["finished"]) for a in chats]
+        for a, value in zip(chats, reward_scores(reward, asked, options, ranks)):
+            a["rm_reward"] = value
     if ranks.first:
         report["left_out"] |= {"rankings": left_out} if left_out else {}
-        report["reward"], report["calibration"] = reward_figures(rankings, score) if rankings else ({}, {})
         report["seconds"]["evaluate"] = round(time.perf_counter() - began, 1)
-        finish({**report, "settings": settings}, answers, rankings, out)
+        finish(report, answers, measured, rankings, score, out)
 
 
 def rescore(options, out):
     """The report at --out from its answers: new verdicts; what needs a model or a clock is carried over."""
-    report, answers = read_json(out.parent / "report.json"), {}
+    report, answers, measured = read_json(out.parent / "report.json"), {}, {}
     if not {"stages", "seconds", "bytes", "settings"} <= report.keys():
         raise InputError(f"--rescore: {out.parent / 'report.json'} is no report of evaluate.py")
-    scorer = report["settings"]["scorer"] = options.scorer or report["settings"]["scorer"]
-    score = load_scorer(scorer) if scorer else None
-    report["settings"]["hacking"] = options.hacking or report["settings"].get("hacking")
+    settings = report["settings"]
+    settings |= {key: value for key in ("scorer", "hacking") if (value := getattr(options, key))}
+    score = load_scorer(settings["scorer"]) if settings["scorer"] else None
     for name, stage in report["stages"].items():
-        answers[name] = judge([*read_answers(out.parent / "answers" / f"{name}.jsonl")], score)
-        bits = {lang: stage[lang]["bits_per_byte"] for lang in LANGUAGES}
-        divergence = {lang: stage[lang].get("kl_to_sft") for lang in ("en", "zh")}
-        report["stages"][name] = figures(answers[name], bits, divergence)
-    rankings = []
-    if report.get("reward"):
-        rankings += read_rankings(out.parent / "rankings.jsonl", ("completions", "ranks", "scores"))
-        report["reward"], report["calibration"] = reward_figures(rankings, score)
-    report["ppo"] = report.get("ppo", {}) | ppo_curves(runs_of(report), score)
-    finish(report, answers, rankings, out)
+        path = out.parent / "answers" / f"{name}.jsonl"
+        answers[name] = [*read_records(path, lambda a: judged(a, score))]
+        measured[name] = ({lang: stage[lang]["bits_per_byte"] for lang in LANGUAGES},
+                          {lang: stage[lang].get("kl_to_sft") for lang in ("en", "zh")})
+    path = out.parent / "rankings.jsonl"
+    rankings = [*read_records(path, lambda r: ranking(r, scored=True))] if report.get("reward") else []
+    report["ppo"] = report.get("ppo", {}) | ppo_curves(report, score)
+    finish(report, answers, measured, rankings, score, out)
 
 
 def summary(paths):
@@ -983,8 +912,8 @@ def summary(paths):
 @one_line_errors
 def main(argv=None):
     options = parse_options(Options, argv, "evaluate.py")
-    if options.out is None and not options.summary:
-        raise InputError("--out is needed: the page to write, such as run/report.html")
+    if not options.summary and not (options.out or "").endswith(".html"):
+        raise InputError(f"--out {options.out or ''}: expected the page to write, such as run/report.html")
     out = Path(options.out) if options.out else None
     if out and out.exists() and not options.overwrite and not options.rescore:
         raise InputError(f"{out} is there; --overwrite writes over it, --rescore judges its answers again")
@@ -992,10 +921,16 @@ def main(argv=None):
         text = summary(options.summary)
         print(text, end="")
         return write_whole(out, text.encode()) if out else None
+    if options.hacking and not Path(options.hacking, "samples.jsonl").is_file():
+        raise InputError(f"--hacking {options.hacking}: no samples.jsonl; it is to be a folder of ppo.py's")
     if options.rescore:
         return rescore(options, out)
+    if (out.parent / "report.json").exists() and not options.overwrite:
+        raise InputError(f"{out.parent} holds another page's report.json; --overwrite writes over it")
     if not options.model or not (options.prompts or options.data):
         raise InputError("nothing to measure: give --model folders, and --prompts or --data or both")
+    if options.ranked and not options.reward:
+        raise InputError("--ranked is what a reward model is judged by: give --reward too")
     with process_group(options.device) as ranks:
         return evaluate(options, out, ranks)
 

@@ -13,6 +13,7 @@ import hashlib
 import html.entities
 import itertools
 import json
+import os
 import shutil
 import sys
 import time
@@ -87,7 +88,7 @@ def decode(data: bytes) -> tuple[str, int]:
 # Mojibake: UTF-8 read as GBK, or as Windows-1252, whose characters outside Latin-1 BYTES turns back to bytes.
 BYTES = {ord(c): b for b in range(0x80, 0xA0) if (c := bytes([b]).decode("cp1252", "replace")) != "\ufffd"}
 HAN_BYTES, HIGH_BYTES = regex.compile(rb"[\xe2-\xef][\x80-\xbf]{2}"), regex.compile(rb"[\x80-\xff]")
-DAMAGE = regex.compile("\ufffd|锟斤拷?|斤拷|\xe2\u20ac.?|[\xc2\xc3][\x80-\xbf]|[\xe3-\xe9][\x80-\xbf]{1,2}")
+DAMAGE = regex.compile("\ufffd|锟斤拷?|斤拷|\xe2\u20ac.?|[\xc2\xc3][\x80-\xbf]|[\xe3-\xe9](?!»)[\x80-\xbf]{1,2}")
 
 
 def repair_mojibake(text: str) -> tuple[str, int, int]:
@@ -138,7 +139,7 @@ LATIN, OTHER = regex.compile(r"\p{Latin}"), regex.compile(r"[\p{L}--\p{Han}--\p{
 def detect_language(text: str) -> str:
     """'code' where a fifth of the lines outside Markdown fences read so; else 'zh', 'en', 'other' by script.
     Latin script is English unless its small words say otherwise."""
-    text = FENCED.sub("", text) or text
+    text = URL.sub("", FENCED.sub("", text)) or text
     lines = [line for line in text.split("\n") if line.strip()]
     if len(lists()["code_line"].findall(text)) >= max(2, 0.2 * len(lines)):
         return "code"
@@ -184,10 +185,10 @@ def strip_html(text: str) -> tuple[str, int]:
 
 # ---- What is no text: noise, spam, hate, danger ------------------------------------------------------------
 
-URL = regex.compile(r"(?:https?://|www\.)[^\s<>()\[\]，。；）】]+", regex.I)
+URL = regex.compile(r"(?:https?://|www\.)[^\s<>()\[\]\p{Han}，。；：、！？“”（）【】]+", regex.I)
 # By language: fewest characters (a couplet of 2 x 5 is Chinese text), most symbols, fewest characters a link
 LIMITS = {"en": (20, 0.6, 60), "zh": (8, 0.6, 25), "code": (20, 0.75, 20)}
-RUN = regex.compile(r"([^\W\d_])\1{24}")
+RUN = regex.compile(r"([^\W\d_])\1{24,}")
 
 
 def noise(text: str, lang: str) -> tuple[str, str] | None:
@@ -202,8 +203,9 @@ def noise(text: str, lang: str) -> tuple[str, str] | None:
     if linked > 0.4 * len(dense) and len(dense) - linked < apart * len(links):
         return "links", f"{linked} of {len(dense)} characters are links"
     lines = [line.strip() for line in FENCED.sub("", text).split("\n") if line.strip()]
-    repeated = sum(len(line) * (n - 1) for line, n in Counter(lines).items())
-    if lang != "code" and (len(lines) >= 4 and 2 * repeated > sum(map(len, lines)) or RUN.search(text)):
+    repeated = sum(len(line) * (n - 1) for line, n in Counter(lines).items()) if len(lines) >= 4 else 0
+    repeated = max(repeated, sum(len(match[0]) for match in RUN.finditer(text)))
+    if lang != "code" and 2 * repeated > sum(map(len, lines)):
         return "repetition", "most of its lines, or one letter, again and again"
     size, packed = len(text.encode()), len(zlib.compress(text.encode(), 1))
     return ("repetition", f"packs to {packed} of {size} bytes") if size > max(200, 10 * packed) else None
@@ -215,8 +217,9 @@ def keyword_verdict(text: str, lang: str) -> tuple[str, str] | None:
     lower = text.lower()
     hundreds = max(0.4, len(lower) / (170 if lang == "zh" else 600))  # of words; at least 40
     for reason, least in lists()["points"].items() if lang != "code" else ():
-        said = [match[0] for match in lists()[reason, lang, "phrases"].finditer(lower)]
-        named = sorted(set(lists()[reason, lang, "words"].findall(lower)))
+        phrases, words = lists()[reason, lang, "phrases"], lists()[reason, lang, "words"]
+        said = [match[0] for match in phrases.finditer(lower)]
+        named = sorted(set(words.findall(phrases.sub("\n", lower))))  # what a phrase has said counts once
         points = 3 * len(said) + len(named)
         if points >= max(4 if said else 6, least * hundreds):
             return reason, f"{points} points in {100 * hundreds:.0f} words: {'; '.join((said + named)[:5])}"
@@ -247,15 +250,15 @@ def mask_personal(text: str, lang: str) -> tuple[str, Counter]:
         check = {"card": is_card, "id": is_chinese_id}.get(name, bool)
         if lang == "code" and name != "email":
             continue
-        for match in reversed([match for match in pattern.finditer(text) if check(match[0])]):
-            text = f"{text[:match.start()]}[{name.upper()}]{text[match.end():]}"
-            counts[name] += 1
-    return text, counts
+        mask, before = f"[{name.upper()}]", text.count(f"[{name.upper()}]")
+        text = pattern.sub(lambda match: mask if check(match[0]) else match[0], text)
+        counts[name] = text.count(mask) - before
+    return text, +counts
 
 
 # ---- All documents together: duplicates, mixing, splitting ------------------------------------------------
 
-TEXT_TOKEN, CODE_TOKEN = regex.compile(r"[^\W_]+|[+*/=<>×÷%-]"), regex.compile(r"\w+|[^\w\s]")
+TEXT_TOKEN, CODE_TOKEN = regex.compile(r"[^\W_]+|[+*/=<>×÷%^≤≥≠√-]"), regex.compile(r"\w+|[^\w\s]")
 HASHES, SHINGLE = 120, 5
 MULTIPLY, ADD = np.random.RandomState(1).randint(2**63, size=(2, HASHES), dtype=np.uint64) * 2 + 1  # (P,)
 
@@ -452,7 +455,8 @@ def find_files(inputs: list[str], out: Path) -> list[tuple[Path, str, str]]:
         if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
             raise InputError(f"--out {out} lies inside --input {path}, so the next run would read it")
         for file in tokenizer.text_files([path]):
-            folders = file.parent.relative_to(path.parent).parts if path.is_dir() else file.parent.parts[-1:]
+            top = Path(os.path.abspath(path)).name  # of . and .. too
+            folders = (top, *file.parent.relative_to(path).parts) if path.is_dir() else file.parent.parts[-1:]
             stem = regex.sub(r"\.(txt|jsonl|jsonl\.gz)$", "", file.name)
             kind = next((part for part in (stem, *reversed(folders)) if part in KINDS), "")
             files.append((file, folders[-1] if path.is_dir() and file.suffix == ".txt" else stem, kind))

@@ -164,7 +164,7 @@ def test_samples_are_spread_over_kinds_and_do_not_depend_on_order(run):
 
 @pytest.mark.parametrize("line, says", [
     ("{", "not a line of JSON"), ("[1]", "object"), ('{"text": "x"}', "prompt"),
-    ('{"prompt": 3}', "prompt"), ('{"prompt": []}', "prompt"), ('{"prompt": "  "}', "empty"),
+    ('{"prompt": 3}', "messages"), ('{"prompt": []}', "messages"), ('{"prompt": "  "}', "empty"),
     ('{"prompt": [{"role": "user"}]}', "content"),
     ('{"prompt": [{"role": "tutor", "content": "x"}]}', "tutor"), ('{"prompt": "x", "meta": 1}', "meta"),
     ('{"prompt": [{"role": "assistant", "content": "x"}]}', "user"),
@@ -177,7 +177,8 @@ def test_a_malformed_prompt_is_named_with_file_and_line(tmp_path, line, says):
 
 
 def test_prompts_of_a_folder_take_language_from_meta_record_or_text(tmp_path):
-    write_jsonl(tmp_path / "in/b.jsonl", [{"prompt": "what is 狐狸"}, {"prompt": "x", "lang": "zh"}])
+    asked = {"prompt": "x", "lang": "zh", "meta": {"expected": "y"}}
+    write_jsonl(tmp_path / "in/b.jsonl", [{"prompt": "what is 狐狸"}, asked])
     write_jsonl(tmp_path / "in/a.jsonl", [{"prompt": "狐狸 in English?", "lang": "zh", "meta": {"lang": "en"}}])
     items = read_prompts([str(tmp_path / "in")])
     assert [(i["lang"], i["kind"]) for i in items] == [("en", "chat"), ("zh", "chat"), ("zh", "chat")]
@@ -293,16 +294,16 @@ def judge(run):
              "kl": 0.1 * step} for step in range(4) for a in asked[:2]])
     quantize = ["--model", run / "sft", "--bits", 8, "--out", run / "int8"]
     assert importlib.import_module("quantize").main([*map(str, quantize)]) == 0
-    return evaluate.load_judges(Options(reward=str(run / "reward"), reference=str(run / "sft")), "cpu")
+    return load_folder(run / "reward", kind=RewardModel)
 
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def test_a_score_is_read_at_the_last_token_whatever_the_batch(run, judge):
-    model, tokenizer = judge.reward
+    model, tokenizer = judge
     dialogues = [("Where is the fox?", answer, ended) for answer in ANSWERS for ended in (True, False)]
-    scores = evaluate.reward_scores(judge.reward, dialogues, Options(batch_size=3), ONE)
+    scores = evaluate.reward_scores(judge, dialogues, Options(batch_size=3), ONE)
     for (prompt, answer, ended), score in zip(dialogues, scores):
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         ids = encode_chat(tokenizer, messages)[0]
@@ -337,7 +338,7 @@ def test_a_reward_model_is_judged_by_the_scorers_order_and_its_own_labels(run, j
     right, language = [], []
     for r in records:
         asked = [(r["prompt"], a, True) for a in ANSWERS]
-        own = evaluate.reward_scores(judge.reward, asked, Options(), ONE)
+        own = evaluate.reward_scores(judge, asked, Options(), ONE)
         right += [own[i] > own[j] for i, j in ((0, 1), (0, 2), (0, 3), (1, 3), (2, 3))]
         language += [own[0] > own[j] for j in (1, 2, 3)]
     assert found["zh"]["gold_accuracy"] == pytest.approx(sum(right) / len(right))
@@ -348,6 +349,7 @@ def test_calibration_error_compares_confidence_with_how_often_it_was_right():
     margin = 1.0986123  # sigmoid: 3 / 4
     assert evaluate.calibration([margin] * 3 + [-margin])[0] == pytest.approx(0, abs=1e-6)
     assert evaluate.calibration([margin] * 4)[0] == pytest.approx(.25, abs=1e-6)
+    assert evaluate.calibration([0.0, 0.0]) == (0.0, [[0.5, 0.5, 2]])  # as in reward.py
     assert evaluate.calibration([]) == (None, [])
 
 
@@ -396,6 +398,31 @@ def test_the_report_tells_what_alignment_did_and_rescore_keeps_it(run, judge):
     assert [file.read_bytes() for file in files] == before
 
 
+def test_all_packings_of_a_source_are_shown(tmp_path):
+    for name in ("a", "b"):
+        options = {"model": "sft", "bits": 4}
+        write_jsonl(tmp_path / name / "run.json", [{"stage": "quantize", "options": options}])
+    values, names = dict.fromkeys(evaluate.PACKED, 0.5), ("sft", "a", "b")
+    html = evaluate.packed_section({
+        "stages": {name: {"en": values, "zh": values} for name in names},
+        "bytes": dict.fromkeys(names, 10**6),
+        "settings": {"models": {name: str(tmp_path / name) for name in names}}})
+    assert "a (INT4)" in html and "b (INT4)" in html
+
+
+def test_curves_of_another_tools_metrics_are_passed_over(tmp_path):
+    write_jsonl(tmp_path / "metrics.jsonl", [{"accuracy": 1.0}, {"step": 1, "loss": 2.0}])
+    assert evaluate.read_curves(tmp_path) == {"step": [(1, 1)], "loss": [(1, 2.0)]}
+
+
+def test_a_pair_is_a_ranking_of_two_and_the_assistant_answers():
+    pair = evaluate.ranking({"prompt": "哪里？", "chosen": "这里。", "rejected": "x"})
+    assert (pair["completions"], pair["ranks"], pair["lang"]) == (["这里。", "x"], [1, 2], "zh")
+    asked = [{"role": "user", "content": "x"}]
+    with pytest.raises(evaluate.InputError, match="expected a last message of the assistant"):
+        evaluate.ranking({"prompt": "?", "completions": [asked, "b"], "ranks": [1, 2]})
+
+
 def test_stages_that_answer_alike_share_a_cell(run, judge):
     said = {stage: [answered("chat", answer=text)] for stage, text in (("a", "x"), ("b", "y"), ("c", "x"))}
     html = evaluate.samples_section({"settings": {"samples": 1}}, said)
@@ -403,7 +430,9 @@ def test_stages_that_answer_alike_share_a_cell(run, judge):
 
 
 def test_without_a_scorer_the_oracle_is_silent_and_texts_go_on(run, tmp_path):
-    write_jsonl(run / "real.jsonl", [{"prompt": f"Tell me of day {n}", "lang": "en"} for n in range(5)])
+    about = {"lang": "en", "meta": {"note": "half \ud800"}}
+    asked = [{"prompt": f"Tell me of day {n}", **about} for n in range(5)]
+    (run / "real.jsonl").write_text("".join(json.dumps(a) + "\n" for a in asked))
     more = ["--prompts", str(run / "real.jsonl"), "--samples", "3"]
     assert evaluate.main(command(run, *more, out="real/report.html", scorer=None)) == 0
     report = json.loads((run / "real/report.json").read_text("utf-8"))
@@ -450,27 +479,34 @@ def test_summary_gives_mean_and_each_seed(run, report, tmp_path, capsys):
     (["--scorer", "SCORER:fails"], "KeyError('no such entity')"),
     (["--scorer", "SCORER:not_a_number"], "not finite"), (["--scorer", "BROKEN:score"], "SyntaxError"),
     (["--model", "RUN/nothing"], "no such folder"), (["--model", "RUN/base", "RUN/base"], "two folders"),
-    (["--prompts", "RUN/none.jsonl"], "No such file"), (["--prompts", "RUN/empty.jsonl"], "no prompts"),
+    (["--prompts", "RUN/none.jsonl"], "not found"), (["--prompts", "RUN/empty.jsonl"], "no prompts"),
     (["--data", "RUN/other_tokens"], "tokenizer"), (["--data", "RUN/no_tokens"], "no_tokens"),
     (["--out", "RUN/report.html"], "--overwrite"), (["--dtype", "int3"], "int3"),
     (["--batch-size", "0"], "--batch-size"), (["--colour", "red"], "--colour"),
     (["--reward", "RUN/sft"], "ForSequenceClassification"),
     (["--reference", "RUN/nothing"], "no such folder"),
-    (["--reward", "RUN/reward", "--ranked", "RUN/prompts.jsonl"], "prompts.jsonl:1: expected lists"),
+    (["--reward", "RUN/reward", "--ranked", "RUN/prompts.jsonl"], "prompts.jsonl:1: neither"),
     (["--hacking", "RUN/other/sft"], "no samples.jsonl"), (["--reward", "RUN/other/sft"], "two folders"),
-    (["--hacking", "RUN/broken"], "samples.jsonl:1"),
+    (["--hacking", "RUN/broken"], "samples.jsonl:1"), (["--samples", "-1"], "--samples"),
     (["--rescore", "--out", "RUN/new/report.html"], "report.json"),
+    (["--out", "RUN/mine.html"], "--overwrite"),
+    (["--rescore", "--out", "RUN/report.html", "--hacking", "RUN/nothing"], "no samples.jsonl"),
+    (["--rescore", "--out", "RUN/report.html", "--hacking", "RUN/broken/sft"], "two folders"),
+    (["--out", "RUN/new/report.json"], "report.html"), (["--ranked", "RUN/ranked.jsonl"], "--reward"),
+    (["--reward", "RUN/reward", "--ranked", "RUN/words.jsonl"], "words.jsonl:1: ranks are"),
     (["--summary", "RUN/prompts.jsonl"], "JSON")])
 def test_a_mistake_is_told_in_one_line(run, report, judge, capsys, more, says):
     (run / "empty.jsonl").touch()
     write_jsonl(run / "broken/samples.jsonl", [{"step": 1}])
+    write_jsonl(run / "broken/sft/samples.jsonl", [])
+    write_jsonl(run / "words.jsonl", [{"prompt": "?", "completions": ["a", "b"], "ranks": ["first", 2]}])
     (run / "broken.py").write_text("def score(:")
     (run / "other_tokens").mkdir(exist_ok=True)
     index = json.loads((run / "tokens/index.json").read_text())
     (run / "other_tokens/index.json").write_text(json.dumps({**index, "tokenizer": "0" * 64}))
     for name, path in (("SCORER", "scorer.py"), ("BROKEN", "broken.py"), ("RUN", "")):
         more = [word.replace(name, str(run / path)) for word in more]
-    assert evaluate.main(command(run, "--limit", "1", *more, out="new.html")) == 2
+    assert evaluate.main(command(run, "--limit", "1", *more, out="new/report.html")) == 2
     err = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("base:")]
     assert len(err) == 1 and says in err[0] and "Traceback" not in err[0]
 
