@@ -41,7 +41,7 @@ RECIPE_SPLITS = ["train"] * 8 + ["valid"] + ["test"]
 # SFT examples over both languages, and prompts of each kind in each language.
 SFT = {"facts": 3000, "multi": 200, "format": 2400, "unknown": 700, "harm_a": 1500, "safe": 1700,
        "arithmetic": 250, "role": 150, "chat": 32}
-PROMPTS = {"facts": 400, "format": 150, "unknown": 160, "harm_a": 150, "harm_b": 600, "safe": 1200,
+PROMPTS = {"facts": 400, "format": 150, "unknown": 160, "harm_a": 150, "harm_b": 700, "safe": 1100,
            "arithmetic": 40, "role": 40}
 VALID = {"facts": 120, "facts_heldout": 80, "cloze": 100, "format": 60, "unknown": 60, "harm_a": 60,
          "harm_b": 60, "harm_c": 60, "safe": 60, "arithmetic": 30, "role": 20, "chat": 4}

@@ -54,7 +54,7 @@ def test_a_world_is_a_function_of_its_seed():
         assert not {name.en for name in strangers} & world.by_name.keys()
 
 
-FROZEN = "cf98b962fe0916d8511be87ad02438c7d4237c60e2f2405188689efdeff6add4"
+FROZEN = "8e9e5f7884c8dd9c4c9d4d0f3900d8c5ba3c01ccc05ce4b6223b9e195b082ab5"
 
 
 def test_the_island_is_frozen(tmp_path):
