@@ -29,6 +29,7 @@ import sys
 import time
 import timeit
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -1035,7 +1036,7 @@ def config_json(config: Config, tokenizer):
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
         "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02,
         "use_sliding_window": False, "sliding_window": None, "max_window_layers": config.num_hidden_layers,
-        "use_cache": True, "bos_token_id": None, "eos_token_id": tokenizer.im_end,
+        "use_cache": True, "bos_token_id": None, "eos_token_id": end_ids(tokenizer)[0],
         "pad_token_id": tokenizer.pad, "dtype": "float32", "torch_dtype": "float32",
     }
 
@@ -1223,9 +1224,8 @@ def save_folder(folder, model, tokenizer, changes=None, max_shard=5 * 2**30):
     folder.mkdir(parents=True, exist_ok=True)
     if model.source is None:
         write_json(folder / "config.json", config_json(model.config, tokenizer))
-        eos = [tokenizer.im_end, tokenizer.endoftext]
         write_json(folder / "generation_config.json",
-                   {"eos_token_id": eos, "pad_token_id": tokenizer.pad, "do_sample": False})
+                   {"eos_token_id": end_ids(tokenizer), "pad_token_id": tokenizer.pad, "do_sample": False})
     elif model.source.resolve() != folder.resolve():
         for file in sorted(model.source.iterdir()):
             if file.suffix in (".json", ".model", ".txt", ".jinja") and file.name not in NOT_COPIED:
@@ -1269,6 +1269,12 @@ def eos_ids(folder):
     return []
 
 
+def end_ids(tokenizer):
+    """Ids that end an answer or a document, the answer's first; a foreign tokenizer may lack some."""
+    ids = (tokenizer.im_end, tokenizer.document_end, tokenizer.endoftext)
+    return [id for id in dict.fromkeys(ids) if id is not None]
+
+
 def stop_ids(folder, tokenizer):
     """Ids that end an answer: the folder's, and what ends one in a chat, which a base model may lack."""
     return {*(eos_ids(folder) or [tokenizer.endoftext]), tokenizer.im_end} - {None}
@@ -1285,10 +1291,22 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    pending: Future | None = None  # puts a state in place whose shards are being written
 
     @property
     def first(self):
         return self.rank == 0
+
+    @functools.cached_property
+    def writers(self):
+        """A group for the threads that write states, whose messages must not meet training's."""
+        return dist.new_group(backend="gloo") if self.world_size > 1 else None
+
+    def wait(self):
+        """Until the state that is being written is in place; InputError where it could not be."""
+        pending, self.pending = self.pending, None
+        if pending:
+            pending.result()
 
     def sum(self, *values):
         """Each value added up over all ranks, in float64."""
@@ -1336,20 +1354,20 @@ def process_group(device_name):
         raise InputError("--device mps is for one process; several need --device cpu")
     if world_size > 1 and device.type == "cuda":
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     warnings.filterwarnings("ignore", "FSDP2-wrapped module|torch.distributed is disabled")  # meant so
-    if world_size > 1:
-        cuda = device.type == "cuda"
-        # gloo beside nccl: with CPU offload gradients and states are added up and gathered on the CPU
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=device if cuda else None)
-    try:
-        yield Ranks(rank, world_size, device)
-    finally:
+    with contextlib.ExitStack() as at_end:  # in reverse, however the run ends
+        for number in (signal.SIGINT, signal.SIGTERM):  # StopSignal's are for the run only
+            at_end.callback(signal.signal, number, signal.getsignal(number))
         if world_size > 1:
-            gc.collect()  # what FSDP leaves in cycles holds groups: their threads must end before the process
-            dist.destroy_process_group()
-        for number, handler in handlers.items():  # StopSignal's are for the run only
-            signal.signal(number, handler)
+            cuda = device.type == "cuda"
+            # gloo beside nccl: with CPU offload gradients and states are added up and gathered on the CPU
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                                    device_id=device if cuda else None)
+            at_end.callback(dist.destroy_process_group)
+            at_end.callback(gc.collect)  # what FSDP leaves in cycles holds groups, whose threads must end too
+        ranks = Ranks(rank, world_size, device)
+        at_end.callback(ranks.wait)
+        yield ranks
 
 
 def say(ranks, message):
@@ -1371,11 +1389,12 @@ def parallelize(model, ranks, how="ddp", dtype="fp32", offload=False, checkpoint
         for block in model.model.layers:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if ranks.world_size == 1:
-        return model
+        return model.to(ranks.device)
     cuda = ranks.device.type == "cuda"
     if how == "ddp":
         ids = [ranks.device.index] if cuda else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(model.to(ranks.device), device_ids=ids,
+                                                   broadcast_buffers=False, gradient_as_bucket_view=True)
     settings = {"mesh": dist.init_device_mesh(ranks.device.type, (ranks.world_size,)),
                 "offload_policy": CPUOffloadPolicy(pin_memory=cuda) if offload else OffloadPolicy()}
     # Inputs are not cast: the residual stream stays in fp32, as it does under autocast.
@@ -1595,7 +1614,8 @@ def open_run(stage, options, ranks, inputs):
     if going_on:
         before = old["options"]
         grown = [k for k in ("steps", "epochs") if k in settings and settings[k] > before.get(k, math.inf)]
-        changed = [k for k in settings if settings[k] != before.get(k) and k not in grown]
+        free = grown + ["data"] * getattr(options, "new_data", False)
+        changed = [k for k in settings if settings[k] != before.get(k) and k not in free]
         if old["finished"] and not (grown and options.resume):
             raise InputError(f"{out}: a finished run; choose another --out, or --overwrite it")
         if not options.resume:
@@ -1660,9 +1680,10 @@ def save_state(out, record, ranks, models, sharded=False):
 
     models: {name: (module, its Stepper)}. Keys are `{name}.{parameter}.{weight|exp_avg|...}`; what is frozen
     is not saved. Written under a temporary name, synced, renamed once; the newest two stay. sharded: each
-    rank writes its share, where the whole is too large for one, while training goes on. Returns a function
-    that waits until the state is in place, for all ranks to call before the next save or the end.
+    rank writes its share, where the whole is too large for one, while training goes on; `ranks.wait()` waits
+    until the state is in place, as the next one does, and the run's end.
     """
+    ranks.wait()
     step, folder = record["step"], Path(out) / "state"
     temporary, final = folder / f"tmp-{step}", folder / f"step-{step}"
     record = record | {"steppers": {name: stepper.state() for name, (_, stepper) in models.items()}}
@@ -1682,13 +1703,13 @@ def save_state(out, record, ranks, models, sharded=False):
 
     if sharded:
         written = write_shards(temporary / "shards", dict(state_tensors(models)), ranks)
-        return lambda: (written(), finish())
+        ranks.pending = ThreadPoolExecutor(1).submit(lambda: (written(), finish()))
+        return
     gathered = ((key, whole(tensor)) for key, tensor in state_tensors(models))
     tensors = {key: tensor.cpu() for key, tensor in gathered if ranks.first}
     if ranks.first:
         write_safetensors(temporary / "tensors.safetensors", tensors)
     finish()
-    return lambda: None
 
 
 def load_state(folder, models):
@@ -1720,12 +1741,11 @@ def load_state(folder, models):
 def write_shards(folder, tensors, ranks):
     """Copy this rank's share and begin to write it; returns a function that waits until all ranks have.
 
-    (torch.distributed.checkpoint.) Its thread talks to the other ranks' through a group of its own, since
-    training's messages go on meanwhile.
+    (torch.distributed.checkpoint.)
     """
     ranks.sum(0)  # the folder is there, for all
-    group = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
-    future = dcp.async_save(tensors, checkpoint_id=folder, process_group=group, no_dist=group is None)
+    future = dcp.async_save(tensors, checkpoint_id=folder, process_group=ranks.writers,
+                            no_dist=ranks.world_size == 1)
 
     def finish():
         try:
@@ -1734,8 +1754,6 @@ def write_shards(folder, tensors, ranks):
             problem = next(iter(error.failures.values()))[0]
             raise InputError(f"{folder}: not written ({problem}); --resume goes on from the last "
                              "state") from None
-        if group:
-            dist.destroy_process_group(group)
 
     return finish
 
@@ -1783,6 +1801,7 @@ def export_best(options, ranks, model):
 
 def finish_run(options, ranks, run, record, export):
     """Export the model, then mark run.json finished, last of all; returns exit status 0."""
+    ranks.wait()
     if ranks.first:
         export()
         end = {"step": record["step"], "seconds": record["seconds"], "finished": True}
@@ -1814,7 +1833,7 @@ class Metrics:
         self.bar.update(step - self.bar.n)
         self.bar.set_postfix_str(text[:70])
         speak = time.monotonic() - self.spoken > 10 or "loss" not in values or step == self.steps
-        if self.bar.disable and speak:
+        if self.bar.disable and speak and text:
             print(f"step {step}/{self.steps}  {text}", file=sys.stderr, flush=True)
             self.spoken = time.monotonic()
 

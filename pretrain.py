@@ -13,17 +13,16 @@ gradient of the mean negative log-likelihood. Validation in bits per byte, which
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import resource
 import sys
 import time
 import timeit
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
@@ -36,7 +35,7 @@ from model import (DTYPES, CausalLM, Config, Experts, Metrics, Stepper, StopSign
 from tokenizer import InputError, Tokenizer, one_line_errors, option, parse_options, read_tokens
 
 
-@dataclass(kw_only=True)
+@dataclasses.dataclass(kw_only=True)
 class Options:
     """Train a decoder on a folder of tokens, from nothing or from --model."""
 
@@ -47,11 +46,9 @@ class Options:
     hidden_size: int = option("width of the residual stream", 256, at_least=1)
     num_hidden_layers: int = option("number of blocks", 4, at_least=1)
     num_attention_heads: int = option("query heads", 4, at_least=1)
-    num_key_value_heads: int = option(
-        "key and value heads; fewer than query heads is grouped-query attention", 4, at_least=1)
+    num_key_value_heads: int = option("key and value heads; fewer than query heads: shared", 4, at_least=1)
     intermediate_size: int = option("width inside the MLP", 704, at_least=1)
-    num_experts: int = option("MLPs of each block, of which a token takes a few; 0 has one for all", 0,
-                              at_least=0)
+    num_experts: int = option("MLPs of a block, of which a token takes a few; 0: one for all", 0, at_least=0)
     num_experts_per_tok: int = option("experts that a token takes", 2, at_least=1)
     moe_intermediate_size: int = option("width inside an expert", 352, at_least=1)
     rope_theta: float | None = option("base of the rotary frequencies (10000, or the --model's; raised, it "
@@ -59,10 +56,8 @@ class Options:
     max_length: int = option("tokens in a window", 256, at_least=1)
     steps: int = option("optimizer steps", 1000, at_least=1)
     batch_size: int = option("windows a step, over all ranks", 16, at_least=1)
-    micro_batch: int = option("windows a forward pass, on one rank; 0 takes the rank's whole share at once",
-                              0, at_least=0)
-    optimizer: str = option("adamw, or muon for the matrices of blocks and adamw for the rest", "adamw",
-                            choices=("adamw", "muon"))
+    micro_batch: int = option("windows a forward pass, on one rank; 0: its whole share", 0, at_least=0)
+    optimizer: str = option("adamw, or muon for the matrices of blocks", "adamw", choices=("adamw", "muon"))
     lr: float = option("peak learning rate", 3e-3, at_least=0)
     schedule: str = option("how the learning rate falls after warmup", "cosine",
                            choices=("cosine", "linear", "wsd"))
@@ -71,8 +66,7 @@ class Options:
     l1: float = option("weight of the sum of the matrices' absolute values in the loss", 0.0, at_least=0)
     l2: float = option("weight of half the sum of their squares in the loss", 0.0, at_least=0)
     dropout: float = option("share of what attention and MLP add that is dropped", 0.0, at_least=0)
-    z_loss: float = option("weight of the squared log of the softmax's sum (1e-4 where used)", 0.0,
-                           at_least=0)
+    z_loss: float = option("weight of the squared log of the softmax's sum (often 1e-4)", 0.0, at_least=0)
     router_balance: float = option("weight of the experts' balancing loss", 0.01, at_least=0)
     router_z_loss: float = option("weight of the routers' z-loss", 0.001, at_least=0)
     clip: float = option("largest global norm of the gradient; 0 is off", 1.0, at_least=0)
@@ -82,19 +76,16 @@ class Options:
                            0, at_least=0)
     sample_every: int = option("steps between samples of text; 0 is never", 0, at_least=0)
     save_every: int = option("steps between saved states", 250, at_least=1)
-    state: str = option("states in one file, or sharded: each rank writes its share", "whole",
-                        choices=("whole", "sharded"))
+    state: str = option("states whole, or each rank's share apart", "whole", choices=("whole", "sharded"))
     seed: int = option("seed of the weights and of the order of windows", 1, at_least=0)
     dtype: str = option("precision of matrix products; auto probes what is faster here", "auto",
                         choices=("auto", "fp32", "bf16", "fp16"))
     compile: bool | None = option("use torch.compile; not given, it is used where it repays itself", None)
     device: str = option("auto, cpu, cuda or mps", "auto")
-    parallel: str = option("ddp: every rank has the model; fsdp: every rank has its share of it", "ddp",
-                           choices=("ddp", "fsdp"))
+    parallel: str = option("ddp: a rank has all; fsdp: a share of the model", "ddp", choices=("ddp", "fsdp"))
     offload: bool = option("with fsdp: weights and optimizer wait in the CPU's memory", False)
     checkpointing: bool = option("compute blocks again in the backward pass instead of keeping them", False)
-    peak_tflops: float = option("the device's peak for MFU, in 1e12 operations a second; 0 probes a product",
-                                0.0, at_least=0)
+    peak_tflops: float = option("the device's peak in TFLOP/s, for MFU; 0 probes a product", 0.0, at_least=0)
     plan: bool = option("say what the run would need, and do not run it", False)
     gpus: int = option("with --plan: how many", 1, at_least=1)
     mfu: float = option("with --plan: share of the peak that is reached", 0.4, at_least=0.001)
@@ -111,43 +102,44 @@ class Options:
 class Windows:
     """All training windows of a folder of tokens, in an endless order that is a pure function of the seed."""
 
-    def __init__(self, shards, max_length, endoftext, seed):
-        self.shards, self.max_length, self.endoftext, self.seed = shards, max_length, endoftext, seed
+    def __init__(self, shards, max_length, tokenizer, seed):
+        self.shards, self.max_length, self.seed = shards, max_length, seed
+        self.endoftext, self.bytes = tokenizer.endoftext, np.array(tokenizer.token_bytes())  # (V,)
         counts = [-(-len(shard.tokens) // max_length) for shard in shards]
         self.first = np.cumsum([0] + counts)  # the number of each shard's first window; the last is the total
-        self.order = {}
 
     def __len__(self):
         return int(self.first[-1])
 
+    @functools.lru_cache(1)
+    def order(self, epoch):
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self))
+
     def rows(self, step, batch_size):
         """Numbers of the windows of a step: every epoch has every window once, in an order of its own."""
-        numbers = []
-        for i in range(step * batch_size, (step + 1) * batch_size):
-            epoch, place = divmod(i, len(self))
-            if epoch not in self.order:
-                self.order = {epoch: np.random.default_rng([self.seed, epoch]).permutation(len(self))}
-            numbers.append(int(self.order[epoch][place]))
-        return numbers
+        places = (divmod(i, len(self)) for i in range(step * batch_size, (step + 1) * batch_size))
+        return [int(self.order(epoch)[place]) for epoch, place in places]
 
     def batch(self, numbers):
-        """ids, positions, documents, targets of windows, each (B, T), and their shards' numbers (B,)."""
+        """ids, positions, documents, targets, bytes of their text: (B, T) each; numbers of shards (B,)."""
         parts = []
         for number in numbers:
             shard = int(np.searchsorted(self.first, number, side="right")) - 1
             window = number - int(self.first[shard])
-            batch = window_batch(self.shards[shard].tokens, [window], self.max_length, self.endoftext)
-            parts.append((*batch, np.array([shard])))
+            rows = window_batch(self.shards[shard].tokens, [window], self.max_length, self.endoftext)
+            parts.append((*rows, self.bytes[rows[3]] * (rows[3] >= 0), np.array([shard])))
         return [torch.from_numpy(np.concatenate(part)) for part in zip(*parts)]
 
 
-def micro_batches(rows, micro_batch):
-    size = micro_batch or len(rows)
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
+def step_batches(options, windows, step, ranks):
+    """This rank's micro-batches of a step."""
+    rows = ranks.rows(windows.rows(step, options.batch_size))
+    size = options.micro_batch or len(rows)
+    return [windows.batch(rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Losses
+# Losses, and an optimizer
 
 
 def next_token_loss(logprobs, tokens):
@@ -192,24 +184,20 @@ def add_penalties(model, options, scale):
             p.grad.add_(options.l1 * p.detach().sign() + options.l2 * p.detach(), alpha=scale)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Muon
-
-
 def orthogonalise(matrix):
     """About U V^T of matrix = U S V^T: all singular values near 1 (Jordan et al. 2024, Muon; Newton-Schulz).
 
     Five times x <- a x + b (x x^T) x + c (x x^T)^2 x, whose coefficients bring small values up fast and leave
     them between about 0.7 and 1.2.
     """
-    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = wide.bfloat16() if matrix.is_cuda else wide
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonalise(matrix.T).T
+    x = matrix.bfloat16() if matrix.is_cuda else matrix
     x = x / (x.norm() + 1e-7)
     for _ in range(5):
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    x = x.to(matrix.dtype)
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+    return x.to(matrix.dtype)
 
 
 class Muon(torch.optim.AdamW):
@@ -220,84 +208,77 @@ class Muon(torch.optim.AdamW):
     """
 
     def __init__(self, model, lr, weight_decay, betas, momentum=0.95):
-        inside = [p for p in model.model.layers.parameters() if p.dim() == 2]
-        known = set(map(id, inside))
-        others = [p for p in model.parameters() if id(p) not in known]
-        groups = [{"params": inside, "weight_decay": weight_decay, "momentum": momentum},
-                  {"params": [p for p in others if p.dim() == 2], "weight_decay": weight_decay},
-                  {"params": [p for p in others if p.dim() == 1], "weight_decay": 0.0}]
-        super().__init__(groups, lr=lr, betas=betas, fused=True)
+        matrices = [(".layers." in name, p) for name, p in model.named_parameters() if p.dim() == 2]
+        groups = [{"params": [p for inside, p in matrices if inside], "momentum": momentum},
+                  {"params": [p for inside, p in matrices if not inside]},
+                  {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}]
+        super().__init__(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
 
     @torch.no_grad()
     def step(self):
-        groups = self.param_groups
-        self.param_groups = groups[1:]
-        super().step()
-        self.param_groups = groups
-        lr, decay, momentum = (groups[0][key] for key in ("lr", "weight_decay", "momentum"))
-        for p in groups[0]["params"]:
+        inside = self.param_groups[0]
+        lr, decay, momentum = (inside[key] for key in ("lr", "weight_decay", "momentum"))
+        for p in inside["params"]:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             buffer = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
             update = spread(orthogonalise(whole(p.grad.lerp(buffer, momentum))), p)  # Nesterov's
             p.mul_(1 - lr * decay).add_(update, alpha=-0.2 * math.sqrt(max(p.shape)) * lr)
+            p.grad = None  # AdamW passes over it
+        super().step()
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The model: a new one, or one that is there
 
 
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+         "intermediate_size", "num_experts", "num_experts_per_tok", "moe_intermediate_size")
+
+
 def shape(options, vocab_size):
     """Config of the asked shape; InputError where it does not work out."""
-    heads, kv_heads = options.num_attention_heads, options.num_key_value_heads
+    heads, kv_heads, mixture = options.num_attention_heads, options.num_key_value_heads, options.num_experts
     if options.hidden_size % heads or options.hidden_size // heads % 2:
         raise InputError(f"--hidden-size {options.hidden_size} must be an even multiple of {heads} "
                          "attention heads")
     if heads % kv_heads:
         raise InputError(f"--num-attention-heads {heads} must be a multiple of "
                          f"--num-key-value-heads {kv_heads}")
-    mixture = {}
-    if options.num_experts:
-        if options.num_experts_per_tok > options.num_experts:
-            raise InputError(f"--num-experts-per-tok {options.num_experts_per_tok} is more than there are: "
-                             f"--num-experts {options.num_experts}")
-        mixture = {"model_type": "qwen3_moe", "num_experts": options.num_experts, "norm_topk_prob": True,
-                   "num_experts_per_tok": options.num_experts_per_tok,
-                   "moe_intermediate_size": options.moe_intermediate_size,
-                   "sparse_layers": tuple(range(options.num_hidden_layers))}
+    if 0 < mixture < options.num_experts_per_tok:
+        raise InputError(f"--num-experts-per-tok {options.num_experts_per_tok} is more than there are: "
+                         f"--num-experts {mixture}")
     return Config(
-        vocab_size=vocab_size, hidden_size=options.hidden_size,
-        intermediate_size=options.intermediate_size, num_hidden_layers=options.num_hidden_layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads,
-        head_dim=options.hidden_size // heads, max_position_embeddings=options.max_length,
-        rope_theta=options.rope_theta or 10000.0, tie_word_embeddings=True, **mixture)
-
-
-def build_model(options, tokenizer):
-    """A decoder of the asked shape with seeded weights; InputError where the shape does not work out."""
-    return CausalLM(shape(options, tokenizer.vocab_size)).init_weights(options.seed)
+        **{name: getattr(options, name) for name in SHAPE}, model_type="qwen3_moe" if mixture else "qwen3",
+        vocab_size=vocab_size, head_dim=options.hidden_size // heads, tie_word_embeddings=True,
+        max_position_embeddings=options.max_length, rope_theta=options.rope_theta or 10000.0,
+        norm_topk_prob=mixture > 0, sparse_layers=tuple(range(options.num_hidden_layers if mixture else 0)))
 
 
 def start(options):
-    """(model on the CPU, Tokenizer): a new one, or --model's with what the options change of it."""
+    """(model on the CPU, Tokenizer, changes): a new one, or --model's, whose config.json has the changes."""
     if not options.model:
         tokenizer = Tokenizer.load(options.tokenizer)
-        return build_model(options, tokenizer), tokenizer
+        return CausalLM(shape(options, tokenizer.vocab_size)).init_weights(options.seed), tokenizer, {}
     model, tokenizer = load_folder(options.model)
-    change_config(options, model.config)
+    changes = change_config(options, model.config, model.source)
     if options.tokenizer:
         known, tokenizer = tokenizer, Tokenizer.load(options.tokenizer)
         if known.bytes_of.items() - tokenizer.bytes_of.items():
             raise InputError(f"--tokenizer {options.tokenizer}: not the --model's with tokens added: its ids "
                              "stand for other text")
         resize_embeddings(model, tokenizer.vocab_size)
-    return model, tokenizer
+        changes["vocab_size"] = model.config.vocab_size
+        tokenizer.unused_ids = frozenset(range(model.config.vocab_size)) - tokenizer.bytes_of.keys()
+    return model, tokenizer, changes
 
 
-def change_config(options, config):
-    """Refuse another shape than --model's, and windows beyond its context without a raised base."""
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                 "intermediate_size", "num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+def change_config(options, config, folder):
+    """Refuse another shape than --model's, and windows beyond its context without a raised base.
+
+    Returns {key: value} of FOLDER/config.json that the options change.
+    """
+    for name in SHAPE:
         asked, own = getattr(options, name), getattr(config, name)
         if asked not in (own, getattr(Options, name)):
             raise InputError(f"--{name.replace('_', '-')} {asked}: the --model has {own}, which is kept")
@@ -307,8 +288,13 @@ def change_config(options, config):
     if options.max_length > config.max_position_embeddings and not options.rope_theta:
         raise InputError(f"--max-length {options.max_length} is beyond the --model's "
                          f"{config.max_position_embeddings}; a raised --rope-theta can make it longer")
-    config.rope_theta = options.rope_theta or config.rope_theta
-    config.max_position_embeddings = max(options.max_length, config.max_position_embeddings)
+    if not options.rope_theta:
+        return {}
+    rope = read_json(folder / "config.json").get("rope_parameters") or {"rope_type": "default"}
+    changes = {"rope_theta": options.rope_theta,
+               "max_position_embeddings": max(options.max_length, config.max_position_embeddings)}
+    vars(config).update(changes)
+    return changes | {"rope_parameters": rope | {"rope_theta": options.rope_theta}}
 
 
 def resize_embeddings(model, vocab_size):
@@ -317,7 +303,7 @@ def resize_embeddings(model, vocab_size):
     if added > 0:
         for layer in (model.model.embed_tokens, model.lm_head):
             mean = layer.weight.data.mean(0, keepdim=True)
-            layer.weight = nn.Parameter(torch.cat([layer.weight.data, mean.expand(added, -1)]))
+            layer.weight = torch.nn.Parameter(torch.cat([layer.weight.data, mean.expand(added, -1)]))
         model.config.vocab_size = model.model.embed_tokens.num_embeddings = vocab_size
         model.lm_head.out_features = vocab_size
         model.tie_weights()
@@ -328,40 +314,14 @@ def add_hooks(options, model):
 
     Hooks, so that the decoder is the same file and the same numbers without them.
     """
-    def drop(module, inputs, output):
-        return F.dropout(output, options.dropout) if torch.is_grad_enabled() else output
-
-    def keep(module, inputs, output):
-        module.last_hidden = output if torch.is_grad_enabled() else None
-
     if options.dropout:  # (Srivastava et al. 2014)
         for block in model.model.layers:
-            block.self_attn.register_forward_hook(drop)
-            block.mlp.register_forward_hook(drop)
+            for part in (block.self_attn, block.mlp):
+                part.register_forward_hook(
+                    lambda module, inputs, y: F.dropout(y, options.dropout, torch.is_grad_enabled()))
     if options.z_loss:
-        model.model.register_forward_hook(keep)
-
-
-def seed_dropout(options, ranks, step):
-    """What a step drops depends on the seed, the step and the rank, and on nothing before."""
-    if options.dropout:
-        seeds = np.random.SeedSequence([options.seed, step, ranks.rank])
-        torch.manual_seed(int(seeds.generate_state(1)[0]))
-
-
-def config_changes(options, model):
-    """{key: value} of config.json that this run has changed of the --model's."""
-    if not options.model:
-        return {}
-    raw, before = read_json(model.source / "config.json"), read_config(model.source, CausalLM)
-    config = model.config
-    changes = {name: getattr(config, name) for name in ("vocab_size", "max_position_embeddings")
-               if getattr(config, name) != getattr(before, name)}
-    if options.rope_theta:
-        rope = raw.get("rope_parameters") or {"rope_type": "default"}
-        base = {"rope_theta": config.rope_theta}
-        changes |= {**base, "rope_parameters": rope | base}
-    return changes
+        model.model.register_forward_hook(
+            lambda module, inputs, y: setattr(module, "last_hidden", y if torch.is_grad_enabled() else None))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -390,21 +350,15 @@ def peak_flops(options, device, dtype):
         return options.peak_tflops * 1e12
     size = 8192 if device.type == "cuda" else 1024
     a = torch.rand(size, size, device=device).to(DTYPES[dtype])
-
-    def product():
-        (a @ a)[0, 0].item()  # waits for it
-
-    return 2 * size**3 / min(timeit.repeat(product, number=1, repeat=4))
+    seconds = timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=4)  # .item() waits for it
+    return 2 * size**3 / min(seconds)
 
 
 def memory(device):
-    """The most bytes that this process has held: on the GPU, else resident.
-
-    Linux counts the process that started this one in getrusage, and not in the status.
-    """
+    """The most bytes that this process has held: on the GPU, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
+    status = Path("/proc/self/status")  # Linux's: its getrusage counts the process that started this one too
     if status.exists():
         return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024  # it is in kB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -422,12 +376,9 @@ def activation_bytes(config, rows, length, dtype, checkpointing=False):
     if checkpointing:  # each block's input, and one block whole while it is computed again
         inputs = config.num_hidden_layers * rows * length * config.hidden_size * 4
         config = dataclasses.replace(config, num_hidden_layers=1, windows=None)
-
-    def keep(tensor):
-        kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.setdefault(x.untyped_storage()._cdata, x), lambda x: x)
+    with FakeTensorMode(), hooks:
         model, ids = CausalLM(config), torch.zeros(rows, length, dtype=torch.long)
         with autocast(torch.device("cpu"), dtype):
             model(ids, documents=ids, targets=ids)
@@ -443,23 +394,25 @@ def plan(options):
     """
     vocab_size = Tokenizer.load(options.tokenizer).vocab_size if options.tokenizer else 0
     config = read_config(options.model, CausalLM) if options.model else shape(options, vocab_size)
+    if options.model:
+        change_config(options, config, Path(options.model))
     config.vocab_size = max(config.vocab_size, vocab_size)
     dtype = "bf16" if options.dtype == "auto" else options.dtype
     parameters, multiplied = count_parameters(config)
-    embeddings = config.vocab_size * config.hidden_size
+    embeddings = config.vocab_size * config.hidden_size * (2 - config.tie_word_embeddings)
     moments = parameters + (embeddings if options.optimizer == "muon" else parameters)
-    held, sharded = {"weights": 4 * parameters, "gradients": 4 * parameters, "optimizer": 4 * moments}, {}
-    if options.parallel == "fsdp":
-        held = {name: size // options.gpus for name, size in held.items()}
-        sharded = {"gathered": 4 * (embeddings + (parameters - embeddings) // config.num_hidden_layers)}
+    share = options.gpus if options.parallel == "fsdp" else 1  # GPUs that have the model together
+    numbers = {"weights": parameters, "gradients": parameters, "optimizer": moments}
+    held = {name: 0 if options.offload else 4 * count // share for name, count in numbers.items()}
+    if share > 1:
+        held["gathered"] = 4 * (embeddings + (parameters - embeddings) // config.num_hidden_layers)
     rows = options.micro_batch or -(-options.batch_size // options.gpus)
-    activations = activation_bytes(config, rows, options.max_length, dtype, options.checkpointing)
+    held["activations"] = activation_bytes(config, rows, options.max_length, dtype, options.checkpointing)
     tokens = options.steps * options.batch_size * options.max_length
     flops = tokens * flops_per_token(config, options.max_length)
     peak = peak_flops(options, pick_device(options.device), dtype)
     return {"parameters": parameters, "multiplied": multiplied, "tokens": tokens, "flops": flops,
-            "memory": {**held, **sharded, "activations": activations}, "peak": peak,
-            "seconds": flops / (peak * options.mfu * options.gpus)}
+            "memory": held, "peak": peak, "seconds": flops / (peak * options.mfu * options.gpus)}
 
 
 def print_plan(options):
@@ -479,24 +432,23 @@ def print_plan(options):
 # Training
 
 
-def by_shard(logprobs, targets, shard, lengths, shards):
+def by_shard(logprobs, targets, size, shard, shards):
     """(S, 4) for each shard of a batch: nats, tokens, nats of its text alone, and bytes of that text."""
-    size = lengths[targets.clamp(min=0)] * (targets >= 0)  # (B, T)
     nats = -logprobs.detach().float()  # (B, T)
     rows = torch.stack([nats.sum(1), (targets >= 0).sum(1), (nats * (size > 0)).sum(1), size.sum(1)], 1)
     return torch.zeros(shards, 4, dtype=torch.float64).index_add_(0, shard.cpu(), rows.cpu().double())
 
 
-def train_step(model, batches, ranks, context, scale, options, lengths, shards):
+def train_step(model, batches, ranks, context, scale, options, shards):
     """Gradients (times `scale`) of one step: (loss in nats a token, trained tokens, {name: tensor} of sums).
 
     All over all ranks. DDP and FSDP average gradients over ranks, so each rank's share is multiplied by their
-    number. lengths (V,): bytes of each token's text; shards: how many there are.
+    number. shards: how many there are.
     """
     tokens = int(ranks.sum(sum((batch[3] >= 0).sum().item() for batch in batches))[0])
-    total, sums = 0.0, {}
+    sums = {}
     for number, batch in enumerate(batches):
-        ids, positions, documents, targets, shard = (x.to(ranks.device) for x in batch)  # (B, T) each, (B,)
+        ids, positions, documents, targets, size, shard = (x.to(ranks.device) for x in batch)  # (B, T)
         with accumulate(model, number, batches):
             with context():
                 logprobs = model(ids, positions, documents, targets=targets)  # (B, T)
@@ -504,26 +456,24 @@ def train_step(model, batches, ranks, context, scale, options, lengths, shards):
             added = added_losses(model, options, logprobs, targets, tokens, len(batches) * ranks.world_size)
             with_added = sum((weight * value for weight, value in added.values()), loss)
             (with_added * ranks.world_size * scale).backward()
-        total += loss.item()
-        found = {name: value.detach().cpu().double() for name, (_, value) in added.items()}
-        found["by_shard"] = by_shard(logprobs, targets, shard, lengths, shards)
-        counts = [module.counts for module in model.modules() if isinstance(module, Experts)]
-        found |= {"expert_tokens": torch.stack(counts).cpu().double()} if counts else {}  # (L, E)
-        sums = {name: sums.get(name, 0) + value for name, value in found.items()}
+        found = {"loss": loss, "by_shard": by_shard(logprobs, targets, size, shard, shards)}
+        found |= {name: value for name, (_, value) in added.items()}
+        if counts := [module.counts for module in model.modules() if isinstance(module, Experts)]:
+            found["expert_tokens"] = torch.stack(counts)  # (L, E)
+        sums = {name: sums.get(name, 0) + value.detach().cpu().double() for name, value in found.items()}
     add_penalties(model, options, scale)
-    for name, value in sums.items():
-        value.copy_(torch.tensor(ranks.sum(*value.flatten().tolist())).view(value.shape))
-    return ranks.sum(total)[0], tokens, sums
+    sums = {name: torch.tensor(ranks.sum(*value.flatten().tolist()), dtype=torch.float64).view(value.shape)
+            for name, value in sums.items()}
+    return sums.pop("loss").item(), tokens, sums
 
 
 def figures(sums, shards):
     """What the metrics say of a step's sums: loss by source and language, bits per byte, and all others."""
-    losses, bits = {}, sums["by_shard"].sum(0)  # (4,)
-    for shard, (nats, tokens, _, _) in zip(shards, sums["by_shard"].tolist()):
-        if tokens:
-            losses[f"{shard.source}.{shard.lang}"] = nats / tokens
+    losses = {f"{shard.source}.{shard.lang}": nats / tokens
+              for shard, (nats, tokens, _, _) in zip(shards, sums["by_shard"].tolist()) if tokens}
+    _, _, nats, size = sums["by_shard"].sum(0).tolist()
     others = {name: value.tolist() for name, value in sums.items() if name != "by_shard"}
-    per_byte = (bits[2] / math.log(2) / bits[3]).item() if bits[3] else None
+    per_byte = nats / math.log(2) / size if size else None
     return {"train_bits_per_byte": per_byte, "loss_by_source": losses, **others}
 
 
@@ -532,24 +482,22 @@ def spike(record, loss):
 
     Mean and variance are exponential averages over about 20 steps, from the 20th step on.
     """
-    delta, seen = loss - record["loss_mean"], record["loss_seen"]
-    high = not math.isfinite(loss) or seen >= 20 and delta > 5 * math.sqrt(record["loss_variance"])
+    mean, variance, seen = record.get("losses", (0.0, 0.0, 0))
+    high = not math.isfinite(loss) or seen >= 20 and loss - mean > 5 * math.sqrt(variance)
     if math.isfinite(loss):
-        share = max(0.05, 1 / (seen + 1))
-        record["loss_mean"] += share * delta
-        record["loss_variance"] = (1 - share) * (record["loss_variance"] + share * delta**2)
-        record["loss_seen"] = seen + 1
+        share, delta = max(0.05, 1 / (seen + 1)), loss - mean
+        record["losses"] = mean + share * delta, (1 - share) * (variance + share * delta**2), seen + 1
     return high
 
 
 def validate(model, tokenizer, shards, options, context):
     """{language: bits per byte} of the validation windows, and their mean over languages."""
     with context(), torch.compiler.set_stance("force_eager"):
-        bits = bits_per_byte(model, tokenizer, shards, options.max_length, options.batch_size,
-                             options.eval_windows or None)
+        bits = bits_per_byte(model, tokenizer, shards, options.max_length,
+                             options.micro_batch or options.batch_size, options.eval_windows or None)
     if isinstance(model, FSDPModule):
         model.reshard()  # without a backward pass embeddings and head stay gathered: the optimizer has shares
-    return bits, sum(bits.values()) / len(bits)
+    return bits, sum(bits.values()) / len(bits) if bits else math.nan  # no text to predict
 
 
 def sample_texts(model, tokenizer, options, ranks, step):
@@ -557,75 +505,63 @@ def sample_texts(model, tokenizer, options, ranks, step):
     plain = unsharded(model, ranks)
     if not ranks.first:
         return []
-    room = min(64, options.max_length - 1)
-    answers = generate(plain, [[tokenizer.endoftext]], room, {tokenizer.endoftext}, samples=2,
-                       temperature=0.8, seed=options.seed + step)
+    answers = generate(plain, [[tokenizer.endoftext]], min(64, options.max_length - 1),
+                       {tokenizer.endoftext}, samples=2, temperature=0.8, seed=options.seed + step)
     return [tokenizer.decode(answer.ids, skip_special_tokens=True) for answer in answers]
 
 
-def prepare(options, ranks):
-    """All that a run begins or goes on with: run.json, record, models, stepper, tokenizer, shards, dtype.
+def begin(options, ranks, tokenizer):
+    """Open the run, with fingerprints of all that it reads: (run.json as a dict, the state's folder or None).
 
-    `parallel` is the model over all ranks, to be trained; `model` is itself, to be measured and saved.
+    sft.py makes chat tokens anew in a model of stage "pretrain", and must not where they may mean something.
     """
-    check_options(options, ranks)
-    model, tokenizer = start(options)
-    shards = {split: read_tokens(options.data, split, tokenizer) for split in ("train", "valid")}
     files = [Path(options.data) / "index.json", *Path(options.data).glob("train/*.bin")]
-    inputs, chats = {"data": fingerprint(files), "tokenizer": tokenizer.hash}, False
+    inputs, stage = {"data": fingerprint(files), "tokenizer": tokenizer.hash}, "pretrain"
     if options.model:
         inputs["model"] = fingerprint(Path(options.model).glob("*.safetensors"))
         before = Path(options.model) / "run.json"
-        chats = not before.exists() or read_json(before).get("stage") != "pretrain"
-    # sft.py makes chat tokens anew in a model of "pretrain", and must not where they may mean something.
-    run, state = open_run("continue" if chats else "pretrain", options, ranks, inputs)
+        stage = read_json(before).get("stage") if before.exists() else ""
+    return open_run(stage if stage == "pretrain" else "continue", options, ranks, inputs)
 
-    dtype = choose_dtype(options, ranks, run)
+
+def distribute(options, ranks, model, dtype):
+    """(the model over all ranks, to be trained; its Stepper). `model` itself is measured and saved."""
     add_hooks(options, model)
-    if options.parallel == "ddp" or ranks.world_size == 1:
-        model.to(ranks.device)  # fsdp moves a rank's share itself
     parallel = parallelize(model, ranks, options.parallel, dtype, options.offload, options.checkpointing)
     make = Muon if options.optimizer == "muon" else make_optimizer
     stepper = Stepper(make(model, options.lr, options.weight_decay, betas=(0.9, 0.95)), dtype, options.clip)
-    record = {"step": 0, "tokens": 0, "best": math.inf, "worse": 0, "seconds": 0.0, "loss_mean": 0.0,
-              "loss_variance": 0.0, "loss_seen": 0}
-    if state:
-        record |= load_state(state, {"model": (model, stepper)})
-    return run, record, model, parallel, stepper, tokenizer, shards, dtype
-
-
-def announce(options, ranks, model, windows):
-    parameters = sum(p.numel() for p in model.parameters())
-    held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in model.parameters())
-    epochs = options.steps * options.batch_size / len(windows)
-    say(ranks, f"{parameters:,} parameters, {held:,} of them on a rank, {len(windows):,} windows, "
-               f"{epochs:.1f} epochs, {ranks.world_size} x {ranks.device}")
+    held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in stepper.parameters)
+    say(ranks, f"{sum(p.numel() for p in stepper.parameters):,} parameters, {held:,} of them on a rank")
+    return parallel, stepper
 
 
 def train(options, ranks):
     """The whole run; returns the exit status."""
-    run, record, model, parallel, stepper, tokenizer, shards, dtype = prepare(options, ranks)
-    windows = Windows(shards["train"], options.max_length, tokenizer.endoftext, options.seed)
-    lengths = torch.tensor(tokenizer.token_bytes(), device=ranks.device)  # (V,)
-    announce(options, ranks, model, windows)
-
-    def context():
-        return autocast(ranks.device, dtype)
+    model, tokenizer, changes = start(options)
+    train_shards, valid_shards = (read_tokens(options.data, x, tokenizer) for x in ("train", "valid"))
+    windows = Windows(train_shards, options.max_length, tokenizer, options.seed)
+    run, state = begin(options, ranks, tokenizer)
+    dtype = choose_dtype(options, ranks, run)
+    parallel, stepper = distribute(options, ranks, model, dtype)
+    record = {"step": 0, "tokens": 0, "best": math.inf, "worse": 0, "seconds": 0.0}
+    if state:
+        record |= load_state(state, {"model": (model, stepper)})
+    say(ranks, f"{len(windows):,} windows, {options.steps * options.batch_size / len(windows):.1f} epochs, "
+               f"{ranks.world_size} x {ranks.device}")
+    context = functools.partial(autocast, ranks.device, dtype)
 
     def gradients(step):
-        seed_dropout(options, ranks, step)
-        rows = ranks.rows(windows.rows(step, options.batch_size))
-        batches = [windows.batch(part) for part in micro_batches(rows, options.micro_batch)]
-        return train_step(parallel, batches, ranks, context, stepper.scale, options, lengths,
-                          len(windows.shards))
+        seeds = np.random.SeedSequence([options.seed, step, ranks.rank])  # dropout hangs on nothing else
+        torch.manual_seed(int(seeds.generate_state(1)[0]))
+        batches = step_batches(options, windows, step, ranks)
+        return train_step(parallel, batches, ranks, context, stepper.scale, options, len(train_shards))
 
     done, earlier = record["step"], record["seconds"]
     choose_compile(options, ranks, run, model, lambda: gradients(done), options.steps - done)
     peak = peak_flops(options, ranks.device, dtype) * ranks.world_size
-    flops = flops_per_token(model.config, options.max_length)
+    peak /= flops_per_token(model.config, options.max_length)  # tokens a second, could it be reached
     metrics, signal, began = Metrics(options.out, ranks, done, options.steps), StopSignal(), time.monotonic()
     early = 0 < options.patience <= record["worse"]  # it had stopped early, and was killed before its end
-    saved = None
     for step in range(done, 0 if early else options.steps):
         step_began = time.monotonic()
         lr = learning_rate(step, options.steps, options.lr, options.warmup, options.schedule)
@@ -635,12 +571,12 @@ def train(options, ranks):
         speed = tokens / (now - step_began)
         record |= {"step": step + 1, "tokens": record["tokens"] + tokens, "seconds": earlier + now - began}
         metrics.write(step + 1, loss=loss, lr=lr, grad_norm=norm, tokens=record["tokens"],
-                      tokens_per_second=speed, mfu=speed * flops / peak, memory_gb=memory(ranks.device) / 1e9,
+                      tokens_per_second=speed, mfu=speed / peak, memory_gb=memory(ranks.device) / 1e9,
                       seconds=record["seconds"], skipped=stepper.skipped, spike=spike(record, loss),
-                      **figures(sums, windows.shards))
+                      **figures(sums, train_shards))
         last = step + 1 == options.steps
         if last or (step + 1) % options.eval_every == 0:
-            bits, mean = validate(model, tokenizer, shards["valid"], options, context)
+            bits, mean = validate(model, tokenizer, valid_shards, options, context)
             metrics.write(step + 1, valid_loss=mean, bits_per_byte=bits)
             keep_best(options, ranks, record, mean, model)
             last = last or 0 < options.patience <= record["worse"]
@@ -648,21 +584,17 @@ def train(options, ranks):
             metrics.write(step + 1, samples=sample_texts(model, tokenizer, options, ranks, step))
         stop = signal.agreed(ranks)
         if last or stop or (step + 1) % options.save_every == 0:
-            if saved:
-                saved()  # the state before: shards are written while training goes on
-            saved = save_state(options.out, record, ranks, {"model": (model, stepper)},
-                               sharded=options.state == "sharded")
-            if last or stop:
-                saved()
+            save_state(options.out, record, ranks, {"model": (model, stepper)}, options.state == "sharded")
         if last:
             break
         if stop:
             metrics.close()
+            ranks.wait()
             say(ranks, f"stopped after step {step + 1}; go on with the same command and --resume")
             return 130
     metrics.close()
     export_best(options, ranks, model)
-    plain, changes = unsharded(model, ranks), config_changes(options, model)
+    plain = unsharded(model, ranks)
     return finish_run(options, ranks, run, record,
                       lambda: save_folder(options.out, plain, tokenizer, changes))
 
@@ -679,9 +611,10 @@ def check_options(options, ranks):
                          f"{ranks.world_size} processes")
     if options.dropout >= 1:
         raise InputError(f"--dropout {options.dropout} must be below 1")
-    if options.offload and (options.parallel == "ddp" or ranks.world_size == 1):
+    processes = options.gpus if options.plan else ranks.world_size
+    if options.offload and (options.parallel == "ddp" or processes == 1):
         raise InputError("--offload needs --parallel fsdp, and torchrun with two processes or more")
-    if options.model and Path(options.model).resolve() == Path(options.out).resolve():
+    if options.model and options.out and Path(options.model).resolve() == Path(options.out).resolve():
         raise InputError(f"--out {options.out} is the --model it starts from; choose another --out")
 
 
@@ -689,10 +622,8 @@ def check_options(options, ranks):
 def main(argv=None):
     options = parse_options(Options, argv, "pretrain.py")
     with process_group(options.device) as ranks:
-        if options.plan:
-            check_options(options, ranks)
-            return print_plan(options)
-        return train(options, ranks)
+        check_options(options, ranks)
+        return print_plan(options) if options.plan else train(options, ranks)
 
 
 if __name__ == "__main__":

@@ -247,10 +247,10 @@ def train_step(model, batches, ranks, context, scale):
 @torch.inference_mode()
 def validate(model, valid, options, ranks, context):
     """Mean loss in nats a trained token over the validation examples."""
-    rows = pack([len(e.ids) for e in valid], options.max_length)
-    total, tokens = 0.0, 0
-    for first in range(0, len(rows), options.batch_size):
-        part = [[valid[i] for i in row] for row in rows[first : first + options.batch_size]]
+    rows, total, tokens = pack([len(e.ids) for e in valid], options.max_length), 0.0, 0
+    size = options.micro_batch or options.batch_size
+    for first in range(0, len(rows), size):
+        part = [[valid[i] for i in row] for row in rows[first : first + size]]
         ids, positions, documents, targets = (x.to(ranks.device) for x in collate(part, options.max_length))
         with context(), torch.compiler.set_stance("force_eager"):
             logprobs = model(ids, positions, documents, targets=targets)  # (B, T)
@@ -267,7 +267,8 @@ def prepare_model(options, tokenizer, model):
     """
     run = Path(options.model) / "run.json"
     pretrained = run.exists() and read_json(run).get("stage") == "pretrain"
-    new_rows = [tokenizer.im_start, tokenizer.im_end] if pretrained else []
+    chatml = tokenizer.im_start is not None  # else its chats are made of tokens that documents may have
+    new_rows = [tokenizer.im_start, tokenizer.im_end] if pretrained and chatml else []
     embedding = model.model.embed_tokens.weight
     with torch.no_grad():
         for row in new_rows:

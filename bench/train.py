@@ -6,12 +6,13 @@
     python bench/train.py --profile  # where the time of our step goes
 
 Each runs in fp32 and bf16 autocast, eager and compiled, by turns in one process, without a document mask; all
-have fused AdamW and clipping. Printed are best and median tokens a second, our share of the rate that a large
+have fused AdamW and clipping. (A CPU without bf16 units wants `--dtype fp32`.) Printed are best and median tokens a second, our share of the rate that a large
 product reaches, and each one's memory, in a process of its own. A peer that is not there is said not to be.
 """
 
 import argparse
 import importlib.util
+import itertools
 import statistics
 import subprocess
 import sys
@@ -29,7 +30,6 @@ from pretrain import Options, flops_per_token, memory, peak_flops  # noqa: E402
 SHAPES = {"4M": (4096, 256, 704, 4, 4, 16, 256), "20M": (4096, 512, 1408, 6, 8, 16, 256),
           "124M": (50304, 768, 2048, 12, 12, 32, 1024), "350M": (50304, 1024, 2816, 24, 16, 16, 1024),
           "1B": (50304, 2048, 5632, 20, 16, 8, 1024)}
-SETTINGS = [(dtype, compiled) for dtype in ("fp32", "bf16") for compiled in (False, True)]
 PEERS = ("ours", "nanoGPT", "minimind", "transformers")
 
 
@@ -118,7 +118,7 @@ def compare(shape, options):
     """Print every peer at every setting, then ours against the best of each."""
     steps, taken, tokens = {}, {}, shape[-2] * shape[-1]
     for peer in PEERS:
-        for setting in SETTINGS:
+        for setting in itertools.product(options.dtype, (False, True)):  # (dtype, compiled)
             step = make_step(peer, shape, setting, options)
             if step is None:
                 print(f"{peer}: not there, not measured")
@@ -163,7 +163,7 @@ def grow(shape, options):
     steps, taken = {}, {}
     for name, change in changes.items():
         larger = tuple(size * change.get(letter, 1) for letter, size in zip(names, shape))
-        steps[name], taken[name] = make_step("ours", larger, ("bf16", True), options), []
+        steps[name], taken[name] = make_step("ours", larger, (options.dtype[-1], True), options), []
         steps[name](), steps[name]()
     for _ in range(options.rounds):
         for name, step in steps.items():
@@ -175,7 +175,7 @@ def grow(shape, options):
 
 
 def profile(shape, options):
-    step = make_step("ours", shape, ("bf16", False), options)
+    step = make_step("ours", shape, (options.dtype[-1], False), options)
     step(), step()
     with torch.profiler.profile() as found:
         step()
@@ -189,6 +189,7 @@ def main():
     parser.add_argument("--minimind", default="")
     parser.add_argument("--shape", default="4M", choices=SHAPES)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16"))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--grow", action="store_true")
     parser.add_argument("--profile", action="store_true")

@@ -109,6 +109,7 @@ pretrain.py         | --model base --max-length 128       | --max-length 128 --r
 pretrain.py         | --model base --tokenizer other      | --tokenizer other
 pretrain.py         | --model base --out base             | --out base --model
 pretrain.py         | --plan --tokenizer missing          | missing tokenizer.json
+pretrain.py         | --plan --model base --hidden-size 64 | --hidden-size 64 32
 pretrain.py         | --resume --overwrite                | --resume --overwrite
 sft.py              | --model missing                     | missing: no such folder
 sft.py              | --model corpus                      | corpus: not a model folder

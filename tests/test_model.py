@@ -65,6 +65,14 @@ def test_a_folder_saved_and_loaded_is_the_same_and_keeps_foreign_bytes(tmp_path)
         assert (source / name).read_bytes() == (tmp_path / "copy" / name).read_bytes(), name
 
 
+def test_a_new_model_stops_at_the_ends_that_its_tokenizer_has():
+    model, t = make(), m.Tokenizer.load(tiny() / "tokenizer")
+    assert m.end_ids(t) == [t.im_end, t.endoftext]
+    for t.im_end, t.document_end, ends in ((None, None, [t.endoftext]), (None, 7, [7, t.endoftext]),
+                                           (7, 7, [7, t.endoftext])):
+        assert m.end_ids(t) == ends and m.config_json(model.config, t)["eos_token_id"] == ends[0]
+
+
 def test_a_sharded_folder_loads_alike(tmp_path):
     model, tokenizer = m.load_folder(tiny() / "base")
     m.save_folder(tmp_path, model, tokenizer, max_shard=30_000)

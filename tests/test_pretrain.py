@@ -61,9 +61,8 @@ def options_of(out="", **options):
 
 def step_gradients(model, batches, **options):
     """train_step on one rank in fp32: (loss, tokens, sums)."""
-    lengths = torch.tensor(Tokenizer.load(tiny() / "tokenizer").token_bytes())
     return pretrain.train_step(model, batches, ONE, lambda: autocast(ONE.device, "fp32"), 1.0,
-                               options_of(**options), lengths, shards=2)
+                               options_of(**options), shards=2)
 
 
 def arguments_of(out, **options):
@@ -80,7 +79,7 @@ def going_on(folder, **options):
 
 def make_windows(seed=1):
     tokenizer = Tokenizer.load(tiny() / "tokenizer")
-    return pretrain.Windows(read_tokens(tiny() / "tokens", "train", tokenizer), 64, tokenizer.endoftext, seed)
+    return pretrain.Windows(read_tokens(tiny() / "tokens", "train", tokenizer), 64, tokenizer, seed)
 
 
 def test_every_epoch_has_every_window_once_in_an_order_of_its_own():
@@ -103,7 +102,7 @@ def test_every_token_of_the_corpus_is_a_target_once_an_epoch():
 
 def test_the_loss_is_the_papers_in_float64():
     model, _ = load_folder(tiny() / "base", dtype=torch.float64)
-    ids, positions, documents, targets, _ = make_windows().batch([0, 1])
+    ids, positions, documents, targets, *_ = make_windows().batch([0, 1])
     loss = pretrain.next_token_loss(model(ids, positions, documents, targets=targets),
                                     (targets >= 0).sum().item())
     logits = model(ids, positions, documents).detach().numpy()  # (B, T, V)
@@ -135,7 +134,7 @@ def test_a_batch_without_a_target_has_loss_zero_and_no_nan():
 
 
 def test_it_learns_one_window_by_heart(tmp_path):
-    model = pretrain.build_model(options_of(tmp_path), Tokenizer.load(tiny() / "tokenizer"))
+    model, _, _ = pretrain.start(options_of(tmp_path))
     optimizer, batch = torch.optim.AdamW(model.parameters(), lr=1e-2), make_windows().batch([1])
     for _ in range(120):
         optimizer.zero_grad()
@@ -220,6 +219,20 @@ def test_a_full_disk_leaves_the_last_state_whole(tmp_path, capsys, state):
     assert metrics(tmp_path / "whole", "loss") == metrics(tmp_path / "parts", "loss")
 
 
+def test_a_run_that_fails_leaves_the_state_that_it_was_writing(tmp_path, capsys):
+    """Shards are written while training goes on: here until three losses in a row are not finite."""
+    options = {"steps": 8, "save-every": 2, "state": "sharded", "lr": "inf", "warmup": 0}
+    assert run("pretrain", *pretrain_arguments(tiny(), tmp_path, **options)) == 2
+    assert "three steps in a row" in capsys.readouterr().err
+    assert newest_state(tmp_path).name == "step-2" and not list((tmp_path / "state").glob("tmp-*"))
+
+
+def test_a_validation_without_text_has_no_figure_and_is_not_the_best():
+    model, tokenizer = load_folder(tiny() / "base")
+    bits, mean = pretrain.validate(model, tokenizer, [], options_of(), lambda: autocast(ONE.device, "fp32"))
+    assert bits == {} and np.isnan(mean)
+
+
 def test_changed_data_is_refused_unless_it_is_said(tmp_path, capsys):
     shutil.copytree(tiny() / "tokens", tmp_path / "tokens")
     options = {"steps": 6, "data": tmp_path / "tokens"}
@@ -233,8 +246,13 @@ def test_changed_data_is_refused_unless_it_is_said(tmp_path, capsys):
     assert "--new-data" in capsys.readouterr().err
     assert run("pretrain", *pretrain_arguments(tiny(), tmp_path / "out", **options), "--resume",
                "--new-data") == 0
-    assert run("pretrain", *pretrain_arguments(tiny(), tmp_path / "out", **options | {"steps": 9}),
-               "--resume") == 0
+    options = {"steps": 9, "data": shutil.move(tmp_path / "tokens", tmp_path / "elsewhere")}
+    assert run("pretrain", *pretrain_arguments(tiny(), tmp_path / "out", **options), "--resume") == 2
+    assert "--data" in capsys.readouterr().err
+    assert run("pretrain", *pretrain_arguments(tiny(), tmp_path / "out", **options), "--resume",
+               "--new-data") == 0
+    options["steps"] = 10
+    assert run("pretrain", *pretrain_arguments(tiny(), tmp_path / "out", **options), "--resume") == 0
 
 
 def test_two_ranks_equal_one_on_different_rows(tmp_path):
@@ -420,7 +438,7 @@ def test_the_losses_of_the_sources_add_up_to_the_loss():
 
 
 def test_a_jump_of_the_loss_is_flagged_and_its_noise_is_not():
-    rng, record = random.Random(0), {"loss_mean": 0.0, "loss_variance": 0.0, "loss_seen": 0}
+    rng, record = random.Random(0), {}
     losses = [5 * 0.99**i + rng.gauss(0, 0.05) for i in range(300)]
     losses[200] += 2
     losses[250] = float("nan")
@@ -431,7 +449,7 @@ def test_a_jump_of_the_loss_is_flagged_and_its_noise_is_not():
 def test_the_plan_counts_what_a_step_holds():
     options = options_of(plan=None)
     planned = pretrain.plan(options)
-    model = pretrain.build_model(options, Tokenizer.load(tiny() / "tokenizer"))
+    model, _, _ = pretrain.start(options)
     batch = make_windows().batch(range(4))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
         kept = model(*batch[:3], targets=batch[3])

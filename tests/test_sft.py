@@ -108,6 +108,16 @@ def test_too_long_dialogues_are_cut_and_counted_and_a_question_without_room_is_l
     assert len(found) == 2 and counts == {"bad": 0, "cut": 2, "too_long": 1}
 
 
+def test_chat_tokens_are_made_anew_in_chatml_only():
+    options = sft.Options(model=tiny() / "base", data=[], out="")
+    for start in (None, tokenizer().im_start):
+        model, t = load_folder(tiny() / "base")
+        t.im_start, before = start, model.model.embed_tokens.weight.detach().clone()
+        rows = sft.prepare_model(options, t, model)
+        changed = (model.model.embed_tokens.weight != before).any(1).nonzero()[:, 0].tolist()
+        assert rows == changed == ([] if start is None else [t.im_start, t.im_end])
+
+
 def test_bad_lines_stop_the_run_with_file_and_line_or_are_counted(tmp_path, capsys):
     records = list(dialogues(20, "good"))
     records[6] = {"messages": [{"role": "wizard", "content": "Hi"},
