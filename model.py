@@ -289,9 +289,13 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.prefix = None  # what prefix tuning trains, see `Prefix`
 
     def forward(self, ids, positions=None, documents=None, cache=None):
         B, T = ids.shape
+        if cache is None and self.prefix is not None:
+            cache = Prefix(self)
+            positions = None if positions is None else positions + cache.prefix
         if positions is None:
             positions = cache.positions(T) if cache else torch.arange(T, device=ids.device).expand(B, T)
         masks = {w: attention_mask(T, w, documents, cache, ids.device) for w in set(self.windows)}
@@ -307,10 +311,10 @@ class Decoder(nn.Module):
 def attention_mask(T, window, documents, cache, device):
     """(B or 1, 1, T, columns), true where a token may look: back, inside its window and document (B, T).
 
-    None where plain causal attention says it all: that has a faster path. A column of a cache's padding sees
-    itself only: a row with nothing to look at would be NaN.
+    None where plain causal attention says it all: that has a faster path. A cache's prefix is seen by all. A
+    column of a cache's padding sees itself too: a row with nothing to look at would be NaN.
     """
-    before, padded = (cache.length, cache.padded) if cache else (0, False)
+    before, padded = (cache.prefix + cache.length, cache.padded) if cache else (0, False)
     window = window or before + T
     if documents is None and not padded and window >= before + T and (before == 0 or T == 1):
         return None
@@ -318,9 +322,11 @@ def attention_mask(T, window, documents, cache, device):
     query = key[before:, None]
     seen = ((key <= query) & (key > query - window))[None]  # (1, T, columns)
     if documents is not None:
-        seen = seen & (documents[:, :, None] == documents[:, None, :])  # (B, T, T)
-    if cache:
-        seen = seen & (key >= cache.start[:, None, None]) | (key == query)  # (B, T, columns)
+        own = documents[:, :, None] == documents[:, None, :]  # (B, T, T)
+        seen = seen & F.pad(own, (before, 0), value=True)  # (B, T, columns)
+    if padded:
+        padding = (key >= cache.prefix) & (key < cache.prefix + cache.start[:, None, None])
+        seen = seen & ~padding | (key == query)  # (B, T, columns)
     return seen[:, None]
 
 
@@ -394,26 +400,37 @@ class RewardModel(nn.Module):
 class Cache:
     """Keys and values of the tokens so far, for prompts of different length, padded on the left.
 
-    Column c of row b holds token c - start[b] of that row; columns before start[b] are padding. `length`
-    columns are filled; to go back, make it smaller.
+    First come the columns of a trained prefix, `prefix` of them, where there is one. Column c after them, in
+    row b, holds token c - start[b] of that row; columns before start[b] are padding. `length` columns are
+    filled; to go back, make it smaller.
     """
 
-    def __init__(self, config: Config, start, columns, device, dtype):
-        shape = (2, len(start), config.num_key_value_heads, columns, config.head_dim)  # (2, B, G, T, D)
-        count = config.num_hidden_layers
-        self.layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(count)]
+    def __init__(self, decoder: Decoder, start, device, dtype):
+        config = decoder.config
+        empty = torch.empty(2, 1, config.num_key_value_heads, 0, config.head_dim)
+        first = [empty] * config.num_hidden_layers if decoder.prefix is None else Prefix(decoder).layers
+        self.layers = [x.to(device, dtype).expand(-1, len(start), -1, -1, -1)
+                       for x in first]  # (2, B, G, columns, D) each
+        self.prefix = first[0].shape[3]
         self.start = torch.as_tensor(start, device=device)  # (B,)
         self.padded = bool(self.start.any())
         self.length = 0
 
     def append(self, layer, k, v):
-        keys, values = self.layers[layer][:, :, :, : self.length + k.shape[2]]  # (B, G, T so far, D)
-        keys[:, :, self.length :], values[:, :, self.length :] = k, v
+        end = self.prefix + self.length
+        keys, values = self.layers[layer][:, :, :, : end + k.shape[2]]  # (B, G, T so far, D)
+        keys[:, :, end:], values[:, :, end:] = k, v
         return keys, values
 
     def positions(self, T):
         columns = torch.arange(self.length, self.length + T, device=self.start.device)
-        return (columns - self.start[:, None]).clamp(min=0)  # (B, T)
+        return self.prefix + (columns - self.start[:, None]).clamp(min=0)  # (B, T)
+
+    def grow(self, columns):
+        """Make room for so many in all."""
+        more = self.prefix + columns - self.layers[0].shape[3]
+        for layer, filled in enumerate(self.layers) if more > 0 else ():
+            self.layers[layer] = F.pad(filled, (0, 0, 0, more))
 
     def keep(self, rows):
         """Keep these rows of the batch, in this order (one may come more than once)."""
@@ -660,10 +677,8 @@ def prepare_cache(model, prompts, max_new_tokens, cache):
     if longest + 1 > limit:
         raise InputError(f"a prompt of {longest} tokens leaves no room in a context of {limit}")
     weight = next(model.parameters())
-    cache = cache or Cache(model.config, [longest - len(p) for p in prompts], 0, weight.device, weight.dtype)
-    more = min(longest + max_new_tokens, limit) - cache.layers[0].shape[3]
-    for layer, filled in enumerate(cache.layers) if more > 0 else ():
-        cache.layers[layer] = F.pad(filled, (0, 0, 0, more))
+    cache = cache or Cache(model.model, [longest - len(p) for p in prompts], weight.device, weight.dtype)
+    cache.grow(min(longest + max_new_tokens, limit))
     return cache
 
 
@@ -774,6 +789,48 @@ def merge_lora(model):
         weight += module.scaling * (module.lora_B @ module.lora_A).to(weight.dtype)
         model.set_submodule(name, module.base_layer)
     return model
+
+
+class Prefix:
+    """What prefix tuning trains: keys and values of each layer before every text (Li & Liang 2021, eq. 3).
+
+    In a forward pass without a cache it takes a cache's place, and has a gradient. decoder.prefix is
+    (P, 2 L G D), as PEFT saves it.
+    """
+
+    length, padded = 0, False
+
+    def __init__(self, decoder: Decoder):
+        config, self.prefix = decoder.config, len(decoder.prefix)
+        shape = self.prefix, 1, config.num_hidden_layers, 2, config.num_key_value_heads, config.head_dim
+        self.layers = decoder.prefix.view(shape).permute(2, 3, 1, 4, 0, 5)  # (L, 2, 1, G, P, D)
+
+    def append(self, layer, k, v):
+        parts = self.layers[layer].to(k.dtype).expand(-1, len(k), -1, -1, -1)  # (2, B, G, P, D)
+        return tuple(torch.cat((part, own), 2) for part, own in zip(parts, (k, v)))  # (B, G, P + T, D) each
+
+    def positions(self, T):
+        return torch.arange(self.prefix, self.prefix + T, device=self.layers.device)[None]  # (1, T)
+
+
+@torch.no_grad()
+def add_prefix(model, ids):
+    """Freeze a model and put a prefix before every text, at first as if it had read these ids (P,), in place.
+
+    Activations of real words are what Li & Liang 2021, section 7.4, found best to start from.
+    """
+    model.requires_grad_(False)
+    cache = prepare_cache(model, [ids], 0, None)
+    prefill(model, [ids], 1, cache)
+    layers = torch.stack(cache.layers)  # (L, 2, 1, G, P, D)
+    set_prefix(model, layers.permute(4, 2, 0, 1, 3, 5).flatten(1))
+
+
+def set_prefix(model, prefix):
+    """prefix: (P, 2 L G D). It takes its place in the context; the decoder's own config is as before."""
+    model.model.prefix = nn.Parameter(prefix.contiguous())
+    room = model.config.max_position_embeddings - len(prefix)
+    model.config = dataclasses.replace(model.config, max_position_embeddings=room)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1102,7 +1159,7 @@ def check_counts(config, weights, where):
 
 
 def load_folder(folder, device="cpu", dtype=torch.float32, kind=CausalLM):
-    """A checkpoint folder -> (model, Tokenizer). A LoRA adapter's folder gives its base, adapter merged.
+    """A checkpoint folder -> (model, Tokenizer). An adapter's gives its base, with LoRA merged or the prefix.
 
     kind: CausalLM or RewardModel. A quantized folder stays packed, to be read and not trained. InputError for
     a folder that is missing, damaged, or of another kind.
@@ -1140,14 +1197,18 @@ def load_folder(folder, device="cpu", dtype=torch.float32, kind=CausalLM):
 
 
 def load_adapter(folder, device, dtype):
-    """A folder in PEFT's LoRA layout, merged into its base (named by a path relative to the folder)."""
+    """A folder in PEFT's layout: a LoRA adapter, merged into its base, or a prefix, put before it.
+
+    The base is named by a path relative to the folder.
+    """
     path = folder / "adapter_config.json"
     settings = read_json(path)
-    for key, value in ADAPTER_MUST_BE.items():
+    prefixed = settings.get("peft_type") == "PREFIX_TUNING"
+    for key, value in (PREFIX_MUST_BE if prefixed else ADAPTER_MUST_BE).items():
         if settings.get(key, value) not in (value, None):
             raise InputError(f"{path}: {key} = {settings[key]!r} is not supported")
-    kinds = {"base_model_name_or_path": str, "r": int, "lora_alpha": (int, float), "target_modules": list}
-    for key, kind in kinds.items():
+    kinds = {"r": int, "lora_alpha": (int, float), "target_modules": list} if not prefixed else {}
+    for key, kind in ({"base_model_name_or_path": str} | kinds).items():
         if not isinstance(settings.get(key), kind) or not settings[key] or key == "r" and settings["r"] < 1:
             raise InputError(f"{path}: {key} = {settings.get(key)!r} is not supported")
     named = settings["base_model_name_or_path"]
@@ -1155,8 +1216,10 @@ def load_adapter(folder, device, dtype):
     if not base.exists():
         raise InputError(f"{folder}: {named}, the model that it adapts, is not there")
     model, tokenizer = load_folder(base, device, dtype)
-    add_lora(model, settings["r"], settings["lora_alpha"], targets=settings["target_modules"])
     tensors = read_safetensors(folder / "adapter_model.safetensors")
+    if prefixed:
+        return load_prefix(model, tensors, folder), tokenizer
+    add_lora(model, settings["r"], settings["lora_alpha"], targets=settings["target_modules"])
     tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
     rows = tensors.pop(TRAINED_ROWS, None)
     own = {f"{name}.weight": p.detach() for name, p in model.named_parameters() if "lora_" in name}
@@ -1174,7 +1237,21 @@ def load_adapter(folder, device, dtype):
     return merge_lora(model), tokenizer
 
 
+def load_prefix(model, tensors, folder):
+    """Put a file's prefix before a model's texts."""
+    config, weight = model.config, model.lm_head.weight
+    found = tensors.get("prompt_embeddings", torch.empty(0))
+    count = min(found.shape[:1].numel(), config.max_position_embeddings - 1)  # some of the context is left
+    width = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    own = {"prompt_embeddings": torch.empty(count, width, device=weight.device, dtype=weight.dtype)}
+    check_tensors(own, tensors, folder)
+    copy_tensors(own, tensors, folder)
+    set_prefix(model, own["prompt_embeddings"])
+    return model
+
+
 # As in MUST_BE: settings of PEFT's that would change the numbers, and are not in this file.
+PREFIX_MUST_BE = {"prefix_projection": False, "num_transformer_submodules": 1}
 ADAPTER_MUST_BE = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "bias": "none",
                    "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None,
                    "layers_to_transform": None, "fan_in_fan_out": False}
@@ -1184,20 +1261,33 @@ TRAINED_ROWS = "model.embed_tokens.token_adapter.trainable_tokens_delta"  # PEFT
 
 def save_adapter(folder, model, base, r, alpha, token_ids):
     """Write a LoRA adapter in PEFT's layout; `token_ids` are embedding rows that were trained with it."""
-    folder = Path(folder)
     tensors = {"base_model.model." + name + ".weight": p.detach().cpu().contiguous()
                for name, p in model.named_parameters() if "lora_" in name}
     targets = sorted({name.split(".")[-3] for name in tensors})
-    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM",
-                "base_model_name_or_path": os.path.relpath(base, folder), "r": r, "lora_alpha": alpha,
-                "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
-                "target_modules": targets}
+    settings = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
+                "fan_in_fan_out": False, "target_modules": targets}
     if token_ids:
         rows = model.model.embed_tokens.weight.detach()[token_ids].cpu().contiguous()
         tensors["base_model.model." + TRAINED_ROWS] = rows
         settings["trainable_token_indices"] = {"embed_tokens": token_ids}
+    write_adapter(Path(folder), base, settings, tensors)
+
+
+def save_prefix(folder, model, base):
+    """Write a prefix in PEFT's layout."""
+    config, prefix = model.config, model.model.prefix.detach().cpu()
+    width = config.num_key_value_heads * config.head_dim
+    settings = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": len(prefix), "prefix_projection": False,
+                "num_layers": config.num_hidden_layers, "num_attention_heads": config.num_key_value_heads,
+                "token_dim": width, "encoder_hidden_size": width, "num_transformer_submodules": 1}
+    write_adapter(Path(folder), base, settings, {"prompt_embeddings": prefix})
+
+
+def write_adapter(folder, base, settings, tensors):
+    common = {"task_type": "CAUSAL_LM", "base_model_name_or_path": os.path.relpath(base, folder),
+              "inference_mode": True}
     write_safetensors(folder / "adapter_model.safetensors", tensors)
-    write_json(folder / "adapter_config.json", settings)
+    write_json(folder / "adapter_config.json", settings | common)
     Tokenizer.load(base).save(folder)
 
 
@@ -1601,7 +1691,7 @@ def open_run(stage, options, ranks, inputs):
     fresh = {"stage": stage, "options": settings, "inputs": inputs, "finished": False, "seconds": 0.0}
     if options.resume and options.overwrite:
         raise InputError("--resume goes on and --overwrite starts again: choose one")
-    refuse_quantized(options.model)
+    refuse_untrainable(options.model)
     old = read_json(out / "run.json") if (out / "run.json").exists() else None
     empty = not out.exists() or out.is_dir() and all(p.match("run.json.*.tmp") for p in out.iterdir())
     if old is None and not empty:
@@ -1640,11 +1730,13 @@ def open_run(stage, options, ranks, inputs):
     return fresh, state
 
 
-def refuse_quantized(folder):
-    config = Path(folder) / "config.json"  # an adapter's folder has none
-    if folder and config.exists() and read_quantization(config):
-        raise InputError(f"{folder}: a quantized model is not trained further; start from the one that it "
-                         "was made from")
+def refuse_untrainable(folder):
+    """A model that would lose what it is by training on: quantized, or with a prefix before it."""
+    config, adapter = Path(folder) / "config.json", Path(folder) / "adapter_config.json"
+    if folder and adapter.exists() and read_json(adapter).get("peft_type") == "PREFIX_TUNING":
+        raise InputError(f"{folder}: a model with a trained prefix is neither trained further nor quantized")
+    if folder and config.exists() and read_quantization(config):  # an adapter's folder has no config
+        raise InputError(f"{folder}: is quantized already; start from the model that it was made from")
 
 
 def clear_run(out, run):
@@ -1882,7 +1974,7 @@ class StopSignal:
 class Options:
     """Chat with a model in the terminal. /help tells what can be typed there."""
 
-    model: str = option("checkpoint folder: a model, or a LoRA adapter")
+    model: str = option("checkpoint folder: a model, or an adapter")
     temperature: float = option("0 always takes the likeliest token", 0.0, at_least=0)
     top_k: int = option("sample among the k likeliest tokens; 0 is off", 0, at_least=0)
     top_p: float = option("sample among the likeliest tokens that hold this share of the probability", 1.0,

@@ -25,7 +25,7 @@ import torch.nn as nn
 
 from model import (Metrics, RewardModel, Stepper, StopSignal, accumulate, autocast, choose_dtype, fingerprint,
                    finish_run, generate, learning_rate, load_folder, load_state, make_optimizer, open_run,
-                   parallelize, process_group, refuse_quantized, save_folder, save_state, say)
+                   parallelize, process_group, refuse_untrainable, save_folder, save_state, say)
 from tokenizer import (InputError, encode_chat, held_out, jsonl_files, load_scorer, one_line_errors, option,
                        parse_options, prompt_messages, read_jsonl, write_whole)
 
@@ -438,7 +438,7 @@ def load_models(options, ranks):
     The critic starts from the reward model, else from the policy's decoder with a head of zeros, which
     guesses nothing yet.
     """
-    refuse_quantized(options.model)  # before the critic takes its weights
+    refuse_untrainable(options.model)  # before the critic takes its weights
     policy, tokenizer = load_folder(options.model, ranks.device)
     reference, _ = load_folder(options.model, ranks.device)
     reward = None

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from model import (QuantizedLinear, add_quantized, load_folder, pack_int4, quantization_config, read_json,
-                   save_folder, write_json)
+                   refuse_untrainable, save_folder, write_json)
 from tokenizer import InputError, one_line_errors, option, parse_options
 
 
@@ -111,9 +111,8 @@ def print_report(errors, run):
 def main(argv=None):
     options, began = parse_options(Options, argv, "quantize.py"), time.perf_counter()
     check_out(options)
+    refuse_untrainable(options.model)
     model, tokenizer = load_folder(options.model)
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
-        raise InputError(f"{options.model}: is quantized already; start from the model that it was made from")
     group = options.group if options.group is not None else {4: 32, 8: 0}[options.bits]
     errors = quantize_model(model, options.bits, group, options.model)
     folder = Path(f"{options.out.rstrip('/')}.partial")

@@ -2,6 +2,7 @@
 
     python sft.py --model run/base --data sft.jsonl --out run/sft               # all weights
     python sft.py --model run/base --data sft.jsonl --out run/lora --lora 16    # a low-rank adapter
+    python sft.py --model run/sft --data more.jsonl --out run/prefix --prefix 16    # or a trained prefix
 
 The loss is pretraining's, on the assistant's tokens only (and the <|im_end|> that ends its turn): the model
 reads the question, it is not trained to ask it. Several examples are packed in a row; attention and positions
@@ -19,10 +20,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import (Metrics, Stepper, StopSignal, accumulate, add_lora, autocast, choose_compile, choose_dtype,
-                   eos_ids, export_best, fingerprint, finish_run, keep_best, learning_rate, load_folder,
-                   load_state, make_optimizer, merge_lora, open_run, parallelize, process_group, read_json,
-                   save_adapter, save_folder, save_state, say, train_rows_only, write_json)
+from model import (Metrics, Stepper, StopSignal, accumulate, add_lora, add_prefix, autocast, choose_compile,
+                   choose_dtype, eos_ids, export_best, fingerprint, finish_run, keep_best, learning_rate,
+                   load_folder, load_state, make_optimizer, merge_lora, open_run, parallelize, process_group,
+                   read_json, save_adapter, save_folder, save_prefix, save_state, say, train_rows_only,
+                   write_json)
 from tokenizer import (InputError, encode_chat, held_out, jsonl_files, messages_of, one_line_errors, option,
                        parse_options, read_jsonl, read_tokens)
 
@@ -51,7 +53,11 @@ class Options:
     clip: float = option("largest global norm of the gradient; 0 is off", 1.0, at_least=0)
     lora: int = option("rank of a LoRA adapter; 0 trains all weights", 0, at_least=0)
     lora_alpha: float = option("strength of the adapter: its product is scaled by alpha / rank", 32.0)
-    merge: bool = option("write an adapter merged into a model folder", False)
+    prefix: int = option("tokens of a trained prefix (keys and values) before every text; 0 is off", 0,
+                         at_least=0)
+    freeze: int = option("blocks, from the embeddings on, that stay as they are with them; 0 is off", 0,
+                         at_least=0)
+    merge: bool = option("write a LoRA adapter merged into a model folder", False)
     skip_bad: bool = option("count malformed lines and go on, instead of stopping at the first", False)
     eval_every: int = option("steps between validations; the last step always has one", 100, at_least=1)
     patience: int = option("stop after this many validations without a new best, and keep the best; 0 is off",
@@ -259,11 +265,12 @@ def validate(model, valid, options, ranks, context):
     return total / max(tokens, 1)
 
 
-def prepare_model(options, tokenizer, model):
-    """Full fine-tuning or LoRA, and chat tokens that mean something. Returns token rows that LoRA trains too.
+def prepare_model(options, tokenizer, model, train):
+    """What is trained, and chat tokens that mean something. Returns rows of new tokens, which train with it.
 
     A model straight from pretrain.py has never seen <|im_start|> and <|im_end|>: their rows start as that of
-    <|endoftext|>, which it knows as the border between texts, and an adapter trains these two rows as well.
+    <|endoftext|>, which it knows as the border between texts, and where the other rows are frozen these two
+    are trained. A prefix starts as the beginning of the examples (`train`).
     """
     run = Path(options.model) / "run.json"
     pretrained = run.exists() and read_json(run).get("stage") == "pretrain"
@@ -275,8 +282,16 @@ def prepare_model(options, tokenizer, model):
             embedding[row] = embedding[tokenizer.endoftext]
     if options.lora:
         add_lora(model, options.lora, options.lora_alpha, options.seed)
+    if options.prefix:
         if new_rows:
-            train_rows_only(embedding, new_rows)
+            raise InputError(f"--prefix trains nothing else, and {options.model} has never seen a chat: "
+                             "fine-tune it first")
+        add_prefix(model, np.resize(np.concatenate([e.ids for e in train]), options.prefix).tolist())
+    if options.freeze:
+        for part in (model.model.embed_tokens, *model.model.layers[: options.freeze]):
+            part.requires_grad_(False)
+    if new_rows and (options.lora or options.freeze):
+        train_rows_only(embedding, new_rows)
     return new_rows
 
 
@@ -284,9 +299,12 @@ def train(options, ranks):
     """The whole run; returns the exit status."""
     check_options(options, ranks)
     model, tokenizer = load_folder(options.model, ranks.device)
-    longest = model.config.max_position_embeddings
+    longest = model.config.max_position_embeddings - options.prefix
     if options.max_length > longest:
         raise InputError(f"--max-length {options.max_length} is beyond the model's {longest}")
+    if options.freeze >= model.config.num_hidden_layers:
+        raise InputError(f"--freeze {options.freeze}: one of the model's {model.config.num_hidden_layers} "
+                         "blocks must be left to train")
     counts = {"bad": 0, "cut": 0, "too_long": 0}
     train_set, valid_set = split_examples(options, tokenizer, counts)
     files = jsonl_files(options.data + ([options.valid] if options.valid else []))
@@ -296,7 +314,7 @@ def train(options, ranks):
     inputs = {"model": fingerprint(weights), "data": fingerprint(files + replay)}
     run, state = open_run("sft", options, ranks, inputs)
 
-    new_rows = prepare_model(options, tokenizer, model)
+    new_rows = prepare_model(options, tokenizer, model, train_set)
     dtype = choose_dtype(options, ranks, run)
     optimizer = make_optimizer(model, options.lr, options.weight_decay, betas=(0.9, 0.95))
     stepper = Stepper(optimizer, dtype, options.clip)
@@ -355,8 +373,10 @@ def train(options, ranks):
 
 
 def export(options, model, tokenizer, new_rows):
-    """A model folder, or with --lora (and no --merge) an adapter folder in PEFT's layout."""
-    if options.lora and not options.merge:
+    """A model folder, or with --prefix, or --lora and no --merge, an adapter folder in PEFT's layout."""
+    if options.prefix:
+        save_prefix(options.out, model, options.model)
+    elif options.lora and not options.merge:
         save_adapter(options.out, model, options.model, options.lora, options.lora_alpha, new_rows)
     else:
         save_folder(options.out, merge_lora(model), tokenizer)
@@ -375,6 +395,8 @@ def check_options(options, ranks):
         raise InputError(f"--replay-share {options.replay_share} must be below 1")
     if options.merge and not options.lora:
         raise InputError("--merge needs --lora: without an adapter there is nothing to merge")
+    if (options.lora > 0) + (options.prefix > 0) + (options.freeze > 0) > 1:
+        raise InputError("--lora, --prefix and --freeze each say what is trained: choose one")
     if Path(options.model).resolve() == Path(options.out).resolve():
         raise InputError(f"--out {options.out} is the --model it starts from; choose another --out")
 

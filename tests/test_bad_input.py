@@ -139,6 +139,11 @@ sft.py              | --replay missing                    | missing/index.json
 sft.py              | --replay tokens-other               | tokens-other/index.json another tokenizer
 sft.py              | --replay-share 1                    | --replay-share
 sft.py              | --max-length 100                    | --max-length 100
+sft.py              | --prefix 4 --max-length 48          | --prefix base fine-tune
+sft.py              | --prefix 4                          | --max-length
+sft.py              | --lora 2 --freeze 1                 | --lora --prefix --freeze
+sft.py              | --freeze 9                          | --freeze 9
+sft.py              | --model prefix-other                | prefix-other missing prompt_embeddings
 sft.py              | --out base                          | base
 sft.py              | --out base --overwrite              | base --model
 sft.py              | --out sft                           | sft finished --overwrite
@@ -250,7 +255,7 @@ def spoil_folders(folder):
         ("base", "base-weightless"), ("base", "base-unfinished"), ("sft", "sft-unfinished"),
         ("base", "run-garbled"), ("base", "config-garbled"), ("base", "config-gemma"),
         ("base", "config-wider"), ("adapter", "adapter-lost"), ("adapter", "adapter-cut"),
-        ("adapter", "adapter-keyless"), ("adapter", "adapter-dora")):
+        ("adapter", "adapter-keyless"), ("adapter", "adapter-dora"), ("adapter", "prefix-other")):
         shutil.copytree(folder / source, folder / name)
     for path in ("garbled/tokenizer.json", "tokens-cut/train/web.en-00000.bin", "base-cut/model.safetensors",
                  "config-garbled/config.json", "adapter-cut/adapter_model.safetensors"):
@@ -265,6 +270,7 @@ def spoil_folders(folder):
     change(folder / "adapter-lost" / "adapter_config.json", base_model_name_or_path="nowhere")
     (folder / "adapter-keyless" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     change(folder / "adapter-dora" / "adapter_config.json", use_dora=True)
+    change(folder / "prefix-other" / "adapter_config.json", peft_type="PREFIX_TUNING")
 
 
 def told_in_one_line(script, arguments, words, capsys):

@@ -252,10 +252,27 @@ def test_a_prompt_in_pieces_gives_the_same_answer(monkeypatch):
 def test_a_cached_beginning_gives_the_same_answer_also_after_going_back(cut, back):
     model, ids = make(), random_ids(20).tolist()
     expected = m.generate(model, [ids], 8, [])[0].ids
-    cache = m.Cache(model.config, [0], 4, "cpu", torch.float32)
+    cache = m.Cache(model.model, [0], "cpu", torch.float32)
     list(m.generate_tokens(model, [ids[:cut]], back + 1, set(), cache=cache))
     cache.length = cut
     assert m.generate(model, [ids], 8, [], cache=cache)[0].ids == expected
+
+
+@settings(max_examples=10, deadline=None)
+@given(P=st.integers(1, 9), lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4))
+def test_a_prefix_of_read_tokens_is_as_good_as_having_read_them(P, lengths):
+    """Logits, and the answers to padded prompts, are those after the prefix's own tokens."""
+    plain, model = make(), make()
+    before, prompts = random_ids(P).tolist(), [random_ids(n).tolist() for n in lengths]
+    m.add_prefix(model, before)
+    ids = torch.tensor([prompts[0]])
+    whole = plain(torch.tensor([before + prompts[0]]))[:, P:]
+    torch.testing.assert_close(model(ids), whole, atol=1e-5, rtol=1e-5)
+    one = {"documents": ids * 0, "positions": torch.arange(ids.shape[1])[None]}
+    torch.testing.assert_close(model(ids, **one), whole, atol=1e-5, rtol=1e-5)
+    expected = [m.generate(plain, [before + prompt], 6, [])[0].ids for prompt in prompts]
+    assert [answer.ids for answer in m.generate(model, prompts, 6, [])] == expected
+    assert model.config.max_position_embeddings == plain.config.max_position_embeddings - P
 
 
 def test_the_repetition_penalty_is_that_of_transformers(tmp_path):

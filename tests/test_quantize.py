@@ -236,7 +236,7 @@ def test_another_layout_is_one_error(world, tmp_path, change):
     ("quantize", "--model fp32 --out int8", "int8 finished --overwrite"),
     ("quantize", "--model fp32 --out reward --overwrite", "reward no folder of quantize.py"),
     ("quantize", "--model fp32 --out fp32 --overwrite", "fp32 --model"),
-    ("sft", "--model int4 --data {}/sft.jsonl --max-length 64", "int4: a quantized model is not trained"),
+    ("sft", "--model int4 --data {}/sft.jsonl --max-length 64", "int4: is quantized already"),
 ])
 def test_what_cannot_be_is_told_in_one_line(world, monkeypatch, capsys, script, arguments, words):
     monkeypatch.chdir(world)

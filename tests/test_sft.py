@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, strategies as st
 
 import sft
-from model import Ranks, autocast, load_folder, newest_state, stop_ids
+from model import Ranks, autocast, generate, load_folder, newest_state, stop_ids
 from test_pretrain import assert_same_run, metrics
 from tiny import ROOT, command_line, dialogues, environment, launch, run, sft_arguments, tiny, write_jsonl
 from tokenizer import InputError, Tokenizer, encode_chat
@@ -113,7 +113,7 @@ def test_chat_tokens_are_made_anew_in_chatml_only():
     for start in (None, tokenizer().im_start):
         model, t = load_folder(tiny() / "base")
         t.im_start, before = start, model.model.embed_tokens.weight.detach().clone()
-        rows = sft.prepare_model(options, t, model)
+        rows = sft.prepare_model(options, t, model, examples())
         changed = (model.model.embed_tokens.weight != before).any(1).nonzero()[:, 0].tolist()
         assert rows == changed == ([] if start is None else [t.im_start, t.im_end])
 
@@ -223,9 +223,66 @@ def test_lora_resumes_bit_exactly_and_leaves_the_base_alone(tmp_path):
     assert a == b and base == (tiny() / "base" / "model.safetensors").read_bytes()
 
 
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    """A model that has seen chats, which a prefix wants."""
+    folder = tmp_path_factory.mktemp("chats") / "sft"
+    assert run("sft", *sft_arguments(tiny(), folder, epochs=1)) == 0
+    return folder
+
+
+def test_a_prefix_gives_the_same_logits_here_and_in_peft(chats, tmp_path, capsys):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    weights = (chats / "model.safetensors").read_bytes()
+    settings = {"prefix": 5, "max-length": 48, "lr": 3e-2, "epochs": 4}
+    arguments = sft_arguments(tiny(), tmp_path / "prefix", model=chats, **settings)[2:]
+    assert run("sft", *arguments) == 0 and weights == (chats / "model.safetensors").read_bytes()
+    ids = torch.tensor([[1, 30, 40, 2, 50, 60, 1, 2]])
+    base = AutoModelForCausalLM.from_pretrained(chats)
+    before = logits_of(base, ids).clone()
+    theirs = PeftModel.from_pretrained(base, tmp_path / "prefix").eval()
+    model, _ = load_folder(tmp_path / "prefix")
+    torch.testing.assert_close(logits_of(model, ids), logits_of(theirs, ids), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits_of(model, ids), before, atol=1e-2)
+    text = ids
+    for _ in range(9):
+        text = torch.cat((text, logits_of(theirs, text)[:, -1:].argmax(-1)), 1)
+    assert generate(model, ids.tolist(), 9, [])[0].ids == text[0, ids.shape[1]:].tolist()
+    losses = [x for x, in metrics(tmp_path / "prefix", "loss") if x is not None]
+    assert losses[-1] < losses[0]
+    further = sft_arguments(tiny(), tmp_path / "more", model=tmp_path / "prefix", **{"max-length": 48})[2:]
+    assert run("sft", *further) == 2 and "with a trained prefix" in capsys.readouterr().err  # it would be lost
+
+
+def test_a_prefix_resumes_bit_exactly(chats, tmp_path):
+    settings = {"model": chats, "prefix": 3, "max-length": 48}
+    whole, parts = (sft_arguments(tiny(), tmp_path / name, **settings)[2:] for name in "ab")
+    assert run("sft", *whole) == 0
+    process = subprocess.Popen(command_line("sft.py", *parts), cwd=ROOT, env=environment(),
+                               stderr=subprocess.DEVNULL)
+    while not newest_state(tmp_path / "b"):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert run("sft", *parts, "--resume") == 0
+    a, b = ((tmp_path / x / "adapter_model.safetensors").read_bytes() for x in "ab")
+    assert a == b
+
+
+def test_frozen_blocks_and_embeddings_stay_but_for_new_chat_tokens(tmp_path):
+    assert run("sft", *sft_arguments(tiny(), tmp_path, freeze=1)) == 0
+    (before, _), (after, t) = load_folder(tiny() / "base"), load_folder(tmp_path)
+    changed = {name for (name, p), q in zip(before.named_parameters(), after.parameters()) if not p.equal(q)}
+    blocks = {name.split(".")[2] for name in changed if ".layers." in name}
+    assert blocks == {str(i) for i in range(1, before.config.num_hidden_layers)}
+    assert "model.norm.weight" in changed
+    rows = (before.lm_head.weight != after.lm_head.weight).any(1).nonzero()[:, 0].tolist()
+    assert rows == [t.im_start, t.im_end]
+
+
 def test_it_learns_when_to_stop(tmp_path):
     assert run("sft", *sft_arguments(tiny(), tmp_path, epochs=10, lr=3e-3)) == 0
-    from model import generate, stop_ids
     model, t = load_folder(tmp_path)
     ids, _ = encode_chat(t, [{"role": "user", "content": "狐狸睡在哪里？"}], generation_prompt=True)
     answer = generate(model, [ids], 30, stop_ids(tmp_path, t))[0]
