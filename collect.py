@@ -126,25 +126,24 @@ def draw_written(answers, k, seed, name):
 
 
 def sample_answers(model, tokenizer, items, stop, options, ranks):
-    """Texts sampled for each item, as many as are missing to k: a list of lists, the same on all ranks.
+    """(text, whether it ended) of as many samples for each item as are missing to k, the same on all ranks.
 
     Answer j to item i is row i k + j of the sampling. A batch holds prompts of like length: little padding;
-    ranks take batches in turn. Returned with it: how many were cut off by --max-new-tokens.
+    ranks take batches in turn.
     """
     rows = [(i, j) for i, item in enumerate(items) for j in range(options.k - len(item.written))]
     rows.sort(key=lambda row: len(items[row[0]].ids))
     batches = [rows[i : i + options.batch_size] for i in range(0, len(rows), options.batch_size)]
-    texts, cut = {}, 0
+    texts = {}
     for batch in tqdm(batches[ranks.rank :: ranks.world_size], "sampling", unit="batch", disable=None):
         prompts = [items[i].ids for i, _ in batch]
         samples = generate(model, prompts, options.max_new_tokens, stop, temperature=options.temperature,
                            seed=options.seed, rows=[i * options.k + j for i, j in batch])
         for row, sample in zip(batch, samples):
-            texts[row] = tokenizer.decode(sample.ids[:-1] if sample.finished else sample.ids)
-            cut += not sample.finished
+            text = tokenizer.decode(sample.ids[:-1] if sample.finished else sample.ids)
+            texts[row] = text, sample.finished
     texts = {row: text for share in ranks.gather(texts) for row, text in share.items()}
-    sampled = [[texts[i, j] for j in range(options.k - len(item.written))] for i, item in enumerate(items)]
-    return sampled, int(ranks.sum(cut)[0])
+    return [[texts[i, j] for j in range(options.k - len(item.written))] for i, item in enumerate(items)]
 
 
 def score_answers(item, answers, score, key):
@@ -180,19 +179,25 @@ def as_pairs(item, answers, ranks):
 
 
 def rank_answers(items, sampled, score, options, counts):
-    """The records to write, in the items' order; counts what is left out, and the mean scores by origin."""
+    """The records to write, in the items' order; counts what is left out, and the mean scores by origin.
+
+    An answer that --max-new-tokens cut off comes last whatever its score: to whoever reads the record it is
+    a whole one, and if it were chosen a model would learn to stop there.
+    """
     records, totals = [], {"sampled": [], "written": []}
-    for item, texts in zip(items, sampled):
+    for item, samples in zip(items, sampled):
+        texts, cut = [text for text, _ in samples], {text for text, ended in samples if not ended}
         answers = list(dict.fromkeys(texts + item.written))  # distinct, the sampled ones first
         scores = score_answers(item, answers, score, options.key)
         value = dict(zip(answers, scores))
         totals["sampled"] += [value[text] for text in texts]
         totals["written"] += [value[text] for text in item.written]
+        counts["cut"] += sum(not ended for _, ended in samples)
         counts["duplicates"] += len(texts) + len(item.written) - len(answers)
         if len(answers) < 2:
             counts["one_answer"] += 1
             continue
-        ranks = ranks_of(scores)
+        ranks = ranks_of([-math.inf if text in cut else value[text] for text in answers])
         counts["all_tied"] += max(ranks) == 1
         records += (as_pairs if options.pairs else as_ranking)(item, answers, ranks)
     for origin, values in totals.items():
@@ -218,7 +223,7 @@ def collect(options, ranks):
     items = read_items(options, tokenizer, room, counts)
     stop = stop_ids(options.model, tokenizer) | {tokenizer.endoftext}
     sampling = time.monotonic()
-    sampled, counts["cut"] = sample_answers(model, tokenizer, items, stop, options, ranks)
+    sampled = sample_answers(model, tokenizer, items, stop, options, ranks)
     rate = sum(map(len, sampled)) / (time.monotonic() - sampling)
     if ranks.first:
         records = rank_answers(items, sampled, score, options, counts)
@@ -253,7 +258,7 @@ def report(options, counts, seconds, rate):
     return (f"{counts['records']:,} {what} of {counts['prompts']:,} prompts in {options.out}, "
             f"{seconds:.1f} s ({rate:.1f} answers/s)\n"
             f"answers: {score('sampled')}; {score('written')}; {counts['duplicates']:,} duplicates gone\n"
-            f"cut off by --max-new-tokens, and taken for whole ones from here on: {counts['cut']:,}\n"
+            f"cut off by --max-new-tokens, and ranked last: {counts['cut']:,}\n"
             f"left out: {counts['bad']:,} bad prompts, {counts['held_out']:,} held out, "
             f"{counts['too_long']:,} too long, {counts['one_answer']:,} with one answer only; all answers tie "
             f"in {counts['all_tied']:,}")

@@ -2,6 +2,8 @@
 
 import json
 import resource
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,7 +97,16 @@ def test_pairs_are_every_untied_pair_and_another_key_may_rank(folder):
     expected = [(prompt, a, b) for prompt, own in ranked for a, i in own for b, j in own if i < j]
     assert [(p["prompt"], p["chosen"], p["rejected"]) for p in lines(folder / "pairs.jsonl")] == expected
     for r in lines(folder / "letters.jsonl"):
-        assert r["ranks"] == collect.ranks_of([c.count("e") for c in r["completions"]])
+        own = {c: rank for c, rank in zip(r["completions"], r["ranks"]) if c in ("By the lake.", "No.")}
+        assert len(own) < 2 or own["By the lake."] < own["No."]
+
+
+def test_an_answer_that_was_cut_off_is_chosen_over_no_whole_one():
+    item, options = collect.Item("Hi", None, [], ["No."], ""), SimpleNamespace(key="gold", pairs=False)
+    sampled, counts = [[("A long answer that", False), ("Yes.", True), ("Another that", False)]], Counter()
+    score = lambda prompt, answer, meta: {"gold": len(answer)}  # noqa: E731
+    [record] = collect.rank_answers([item], sampled, score, options, counts)
+    assert record["ranks"] == [3, 1, 3, 2] and counts["cut"] == 2
 
 
 def test_silence_is_chosen_in_no_pair():
