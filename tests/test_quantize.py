@@ -12,10 +12,10 @@ from hypothesis.extra.numpy import arrays
 from safetensors.torch import load_file, save_file
 
 from model import RewardModel, generate, load_folder, pack_int4, save_folder, unpack_int4
-from quantize import quantize
+from quantize import gptq, quantize, weight_of
 from test_model import make, random_ids
-from tiny import run, sft_arguments, tiny
-from tokenizer import InputError
+from tiny import dialogues, run, sft_arguments, tiny
+from tokenizer import InputError, Tokenizer, encode_chat, read_tokens
 
 torch.set_num_threads(1)
 WEIGHTS = arrays(np.float32, (3, 24), elements=st.floats(-(2.0**99), 2.0**99, width=32)
@@ -100,6 +100,26 @@ def test_a_group_of_zeros_and_one_with_an_outlier_have_a_scale(bits):
     assert codes[0].tolist() == [0] * 16 and codes[1, 9] == 0
 
 
+@BITS
+@pytest.mark.parametrize("group", [8, 24])
+def test_gptq_rounds_to_nearest_where_inputs_have_nothing_to_do_with_each_other(bits, group):
+    weight = torch.randn(6, 48, generator=torch.Generator().manual_seed(0))
+    codes, scales = gptq(weight, 3 * torch.eye(48, dtype=torch.float64), bits, group)
+    assert torch.equal(codes, quantize(weight, bits, group)[0])
+    assert torch.equal(scales, quantize(weight, bits, group)[1])
+
+
+@given(seed=st.integers(0, 2**32), bits=st.sampled_from([4, 8]), group=st.sampled_from([8, 128, 256]))
+def test_gptq_loses_less_of_the_outputs_than_rounding_to_nearest(seed, bits, group):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(4, 256, generator=generator)
+    x = torch.randn(600, 32, generator=generator) @ torch.randn(32, 256, generator=generator)
+    x = (x + 0.3 * torch.randn(600, 256, generator=generator)).double()  # (N, in), correlated
+    lost = [((weight_of(*found) - weight).double() @ x.T).norm() for found in (
+        gptq(weight, x.T @ x, bits, group), quantize(weight, bits, group))]
+    assert lost[0] < 0.7 * lost[1]
+
+
 # ---- the folder
 
 
@@ -158,6 +178,20 @@ def test_it_generates_with_a_cache_and_is_saved_elsewhere_as_it_is(world, tmp_pa
     save_folder(tmp_path / "copy", model, tokenizer)
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         assert (tmp_path / "copy" / name).read_bytes() == (world / "int4" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("calibration", ["tokens", "sft.jsonl"])
+def test_gptq_is_nearer_to_the_model_on_texts_like_those_it_was_calibrated_on(world, tmp_path, calibration):
+    t = Tokenizer.load(tiny() / "tokenizer")
+    shards = read_tokens(tiny() / "tokens", "valid", t)
+    texts = {"tokens": [shard.tokens[:64].astype(int).tolist() for shard in shards],
+             "sft.jsonl": [encode_chat(t, d["messages"])[0][:64] for d in dialogues(8, "others")]}[calibration]
+    settings = ["--calibration", tiny() / calibration, "--method", "gptq", "--samples", 40]
+    assert run("quantize", "--model", world / "fp32", *settings, "--out", tmp_path / "out") == 0
+    exact, nearest, ours = (load_folder(f)[0] for f in (world / "fp32", world / "int4", tmp_path / "out"))
+    away = [sum((logits(model, torch.tensor([ids])) - logits(exact, torch.tensor([ids]))).norm() for ids in texts)
+            for model in (nearest, ours)]
+    assert away[1] < 0.9 * away[0]
 
 
 def test_an_adapter_is_merged_first(tmp_path):
@@ -233,6 +267,11 @@ def test_another_layout_is_one_error(world, tmp_path, change):
     ("quantize", "--model fp32 --bits 3", "--bits"),
     ("quantize", "--model fp32 --group -1", "--group"),
     ("quantize", "--model missing", "missing: no such folder"),
+    ("quantize", "--model fp32 --method gptq", "--method gptq --calibration"),
+    ("quantize", "--model fp32 --calibration {}/sft.jsonl", "--method gptq --calibration"),
+    ("quantize", "--model fp32 --method gptq --calibration missing", "missing: not found"),
+    ("quantize", "--model fp32 --method gptq --calibration fp32/config.json", "config.json:1"),
+    ("quantize", "--model fp32 --method gptq --calibration {}/prompts.jsonl", "prompts.jsonl:"),
     ("quantize", "--model fp32 --out int8", "int8 finished --overwrite"),
     ("quantize", "--model fp32 --out reward --overwrite", "reward no folder of quantize.py"),
     ("quantize", "--model fp32 --out fp32 --overwrite", "fp32 --model"),
