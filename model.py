@@ -1506,12 +1506,16 @@ def spread(tensor, like):
     return tensor.to(like.device)
 
 
-def unsharded(model, ranks):
-    """A model that FSDP has spread, whole on the first rank's CPU; one that is not spread itself."""
+def unsharded(model, ranks, adapt=lambda plain: None):
+    """A model that FSDP has spread, whole on the first rank's CPU; one that is not spread itself.
+
+    adapt: what had been added to the model, for a plain one of its config.
+    """
     if not isinstance(model, FSDPModule):
         return model
     with torch.device("meta"):
         plain = type(model)(model.config)
+    adapt(plain)
     plain.to_empty(device="cpu" if ranks.first else "meta").tie_weights()
     for name, p in model.named_parameters():
         tensor = whole(p.detach())  # one at a time: the other ranks let go of it

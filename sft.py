@@ -19,12 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from model import (Metrics, Stepper, StopSignal, accumulate, add_lora, add_prefix, autocast, choose_compile,
                    choose_dtype, eos_ids, export_best, fingerprint, finish_run, keep_best, learning_rate,
                    load_folder, load_state, make_optimizer, merge_lora, open_run, parallelize, process_group,
-                   read_json, save_adapter, save_folder, save_prefix, save_state, say, train_rows_only,
-                   write_json)
+                   read_json, save_adapter, save_folder, save_prefix, save_state, say, set_prefix,
+                   train_rows_only, unsharded, write_json)
 from tokenizer import (InputError, encode_chat, held_out, jsonl_files, messages_of, one_line_errors, option,
                        parse_options, read_jsonl, read_tokens)
 
@@ -68,6 +69,9 @@ class Options:
                         choices=("auto", "fp32", "bf16", "fp16"))
     compile: bool | None = option("use torch.compile; not given, it is used where it repays itself", None)
     device: str = option("auto, cpu, cuda or mps", "auto")
+    parallel: str = option("ddp: a rank has all; fsdp: a share of the model", "ddp", choices=("ddp", "fsdp"))
+    offload: bool = option("with fsdp: weights and optimizer wait in the CPU's memory", False)
+    checkpointing: bool = option("compute blocks again in the backward pass instead of keeping them", False)
     resume: bool = option("go on where the run in --out stopped", False)
     overwrite: bool = option("start again, whatever is in --out", False)
 
@@ -262,6 +266,8 @@ def validate(model, valid, options, ranks, context):
             logprobs = model(ids, positions, documents, targets=targets)  # (B, T)
         total -= logprobs.cpu().double().sum().item()  # MPS has no float64
         tokens += (targets >= 0).sum().item()
+    if isinstance(model, FSDPModule):
+        model.reshard()  # without a backward pass embeddings and head stay gathered: the optimizer has shares
     return total / max(tokens, 1)
 
 
@@ -280,12 +286,12 @@ def prepare_model(options, tokenizer, model, train):
     with torch.no_grad():
         for row in new_rows:
             embedding[row] = embedding[tokenizer.endoftext]
+    if new_rows and (options.prefix or options.parallel == "fsdp" and (options.lora or options.freeze)):
+        raise InputError(f"{options.model} has never seen a chat: fine-tune it first, as --prefix does not train "
+                         "its chat tokens, nor do --lora and --freeze with --parallel fsdp")
     if options.lora:
         add_lora(model, options.lora, options.lora_alpha, options.seed)
     if options.prefix:
-        if new_rows:
-            raise InputError(f"--prefix trains nothing else, and {options.model} has never seen a chat: "
-                             "fine-tune it first")
         add_prefix(model, np.resize(np.concatenate([e.ids for e in train]), options.prefix).tolist())
     if options.freeze:
         for part in (model.model.embed_tokens, *model.model.layers[: options.freeze]):
@@ -298,7 +304,7 @@ def prepare_model(options, tokenizer, model, train):
 def train(options, ranks):
     """The whole run; returns the exit status."""
     check_options(options, ranks)
-    model, tokenizer = load_folder(options.model, ranks.device)
+    model, tokenizer = load_folder(options.model)
     longest = model.config.max_position_embeddings - options.prefix
     if options.max_length > longest:
         raise InputError(f"--max-length {options.max_length} is beyond the model's {longest}")
@@ -316,6 +322,7 @@ def train(options, ranks):
 
     new_rows = prepare_model(options, tokenizer, model, train_set)
     dtype = choose_dtype(options, ranks, run)
+    parallel = parallelize(model, ranks, options.parallel, dtype, options.offload, options.checkpointing)
     optimizer = make_optimizer(model, options.lr, options.weight_decay, betas=(0.9, 0.95))
     stepper = Stepper(optimizer, dtype, options.clip)
     record = {"step": 0, "tokens": 0, "best": math.inf, "worse": 0, "seconds": 0.0}
@@ -328,8 +335,6 @@ def train(options, ranks):
     say(ranks, f"{len(train_set):,} examples in {len(epochs[0]):,} rows, {len(valid_set):,} to validate on; "
                f"left out: {counts['bad']} bad, {counts['too_long']} too long; cut: {counts['cut']}; "
                f"{trained:,} trained parameters")
-
-    parallel = parallelize(model, ranks)
 
     def context():
         return autocast(ranks.device, dtype)
@@ -368,8 +373,18 @@ def train(options, ranks):
             return 130
     metrics.close()
     export_best(options, ranks, model)
+    plain = unsharded(model, ranks, lambda plain: add_empty_adapter(options, plain))
     return finish_run(options, ranks, run | {"left_out": counts}, record,
-                      lambda: export(options, model, tokenizer, new_rows))
+                      lambda: export(options, plain, tokenizer, new_rows))
+
+
+def add_empty_adapter(options, plain):
+    """What `prepare_model` has added, without its numbers."""
+    if options.lora:
+        add_lora(plain, options.lora, options.lora_alpha)
+    if options.prefix:
+        width = 2 * plain.config.num_hidden_layers * plain.config.num_key_value_heads * plain.config.head_dim
+        set_prefix(plain, torch.empty(options.prefix, width, device="meta"))
 
 
 def export(options, model, tokenizer, new_rows):
@@ -391,6 +406,8 @@ def check_options(options, ranks):
     if options.batch_size % ranks.world_size:
         raise InputError(f"--batch-size {options.batch_size} does not divide over "
                          f"{ranks.world_size} processes")
+    if options.offload and (options.parallel == "ddp" or ranks.world_size == 1):
+        raise InputError("--offload needs --parallel fsdp, and torchrun with two processes or more")
     if options.replay_share >= 1:
         raise InputError(f"--replay-share {options.replay_share} must be below 1")
     if options.merge and not options.lora:

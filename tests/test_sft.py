@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
+from safetensors.torch import load_file
 
 import sft
 from model import Ranks, autocast, generate, load_folder, newest_state, stop_ids
@@ -32,6 +33,14 @@ def examples(count=12):
 
 def fp32():
     return autocast(ONE.device, "fp32")
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    """A model that has seen chats, which a prefix wants."""
+    folder = tmp_path_factory.mktemp("chats") / "sft"
+    assert run("sft", *sft_arguments(tiny(), folder, epochs=1)) == 0
+    return folder
 
 
 def test_the_answer_and_its_end_are_trained_and_nothing_else():
@@ -146,15 +155,33 @@ def test_stopped_and_resumed_is_bit_exact(tmp_path):
     assert_same_run(whole, parts)
 
 
-def test_two_ranks_equal_one(tmp_path):
-    assert run("sft", *sft_arguments(tiny(), tmp_path / "one")) == 0
-    result = launch("sft.py", *sft_arguments(tiny(), tmp_path / "two"), processes=2)
+def assert_two_ranks_equal_one(folder, settings, parallel):
+    one, two = (sft_arguments(tiny(), folder / name, **settings) for name in ("one", "two"))
+    assert run("sft", *one) == 0
+    result = launch("sft.py", *two, "--parallel", parallel, processes=2)
     assert result.returncode == 0, result.stderr
-    one, two = (metrics(tmp_path / name, "loss", "valid_loss") for name in ("one", "two"))
+    one, two = (metrics(folder / name, "loss", "valid_loss") for name in ("one", "two"))
     assert len(one) == len(two)
     for left, right in zip(one, two):
         for a, b in zip(left, right):
             assert (a is None and b is None) or b == pytest.approx(a, rel=1e-5)
+    one, two = (load_file(folder / name / file) for name in ("one", "two")
+                for file in ("model.safetensors", "adapter_model.safetensors") if (folder / name / file).exists())
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=2e-5, rtol=1e-4)
+
+
+def test_two_ranks_equal_one(tmp_path):
+    assert_two_ranks_equal_one(tmp_path, {}, "ddp")
+
+
+@pytest.mark.parametrize("settings", [
+    {"patience": 9, "save-every": 5}, pytest.param({"lora": 2, "max-length": 48}, marks=pytest.mark.slow),
+    pytest.param({"prefix": 4, "max-length": 48}, marks=pytest.mark.slow)], ids=["all", "lora", "prefix"])
+def test_two_ranks_that_share_the_model_equal_one(chats, tmp_path, settings):
+    model = {} if "patience" in settings else {"model": chats}
+    assert_two_ranks_equal_one(tmp_path, settings | model, "fsdp")
 
 
 def logits_of(model, ids):
@@ -221,14 +248,6 @@ def test_lora_resumes_bit_exactly_and_leaves_the_base_alone(tmp_path):
     assert run("sft", *more, "--resume") == 0
     a, b = ((tmp_path / x / "adapter_model.safetensors").read_bytes() for x in "ab")
     assert a == b and base == (tiny() / "base" / "model.safetensors").read_bytes()
-
-
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory):
-    """A model that has seen chats, which a prefix wants."""
-    folder = tmp_path_factory.mktemp("chats") / "sft"
-    assert run("sft", *sft_arguments(tiny(), folder, epochs=1)) == 0
-    return folder
 
 
 def test_a_prefix_gives_the_same_logits_here_and_in_peft(chats, tmp_path, capsys):
