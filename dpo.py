@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from model import (Metrics, Ranks, Stepper, StopSignal, accumulate, autocast, choose_dtype, export_best,
                    fingerprint, finish_run, keep_best, learning_rate, load_folder, load_state, make_optimizer,
-                   open_run, parallelize, process_group, save_folder, save_state, say)
+                   open_run, parallelize, process_group, reshard, save_folder, save_state, say, unsharded)
 from tokenizer import (InputError, encode_answer, held_out, jsonl_files, name_of, one_line_errors, option,
                        parse_options, read_jsonl, record_ranking)
 
@@ -64,6 +64,9 @@ class Options:
     dtype: str = option("precision of matrix products; auto probes what is faster here", "auto",
                         choices=("auto", "fp32", "bf16", "fp16"))
     device: str = option("auto, cpu, cuda or mps", "auto")
+    parallel: str = option("ddp: a rank has all; fsdp: a share of the model", "ddp", choices=("ddp", "fsdp"))
+    offload: bool = option("with fsdp: weights and optimizer wait in the CPU's memory", False)
+    checkpointing: bool = option("compute blocks again in the backward pass instead of keeping them", False)
     resume: bool = option("go on where the run in --out stopped", False)
     overwrite: bool = option("start again, whatever is in --out", False)
 
@@ -258,6 +261,7 @@ def reference_logprobs(model, steps, count, ranks, context):
         for numbers, ids, targets in batches:
             sums = answer_logprobs(model, ids.to(ranks.device), targets.to(ranks.device), context)  # (2, P)
             references[numbers] = sums.T.float().cpu()
+    reshard(model)
     references[-1] = 0.0
     gathered = ranks.sum(*references.flatten().tolist())  # each rank has its own rows, and 0 in the others
     return torch.tensor(gathered, dtype=torch.float32).view(-1, 2).to(ranks.device)
@@ -270,6 +274,7 @@ def validate(model, references, batches, options, ranks, context):
     for batch in batches:
         _, values = batch_loss(model, batch, references, options, ranks, context)
         totals = [a + b for a, b in zip(totals, values.tolist())]
+    reshard(model)
     return means(totals, pairs)
 
 
@@ -288,7 +293,7 @@ def all_references(options, model, steps, train_set, valid_set, pad, ranks, cont
 def train(options, ranks):
     """The whole run; returns the exit status."""
     check_options(options, ranks)
-    model, tokenizer = load_folder(options.model, ranks.device)
+    model, tokenizer = load_folder(options.model)
     longest = model.config.max_position_embeddings
     if options.max_length > longest:
         raise InputError(f"--max-length {options.max_length} is beyond the model's {longest}")
@@ -299,6 +304,7 @@ def train(options, ranks):
     run, state = open_run("dpo", options, ranks, {"model": fingerprint(weights), "data": fingerprint(files)})
 
     dtype, pad = choose_dtype(options, ranks, run), tokenizer.pad or 0
+    parallel = parallelize(model, ranks, options.parallel, dtype, options.offload, options.checkpointing)
 
     def context():
         return autocast(ranks.device, dtype)
@@ -312,7 +318,6 @@ def train(options, ranks):
     record = {"step": 0, "tokens": 0, "best": math.inf, "worse": 0, "seconds": 0.0}
     if state:
         record = load_state(state, {"model": (model, stepper)})
-    parallel = parallelize(model, ranks)
 
     def gradients(step):
         batches = step_batches(options, train_set, steps[step], pad, ranks)
@@ -351,8 +356,9 @@ def train(options, ranks):
             return 130
     metrics.close()
     export_best(options, ranks, model)
+    plain = unsharded(model, ranks)
     return finish_run(options, ranks, run | {"left_out": counts}, record,
-                      lambda: save_folder(options.out, model, tokenizer))
+                      lambda: save_folder(options.out, plain, tokenizer))
 
 
 def check_options(options, ranks):
@@ -360,6 +366,8 @@ def check_options(options, ranks):
     if options.batch_size % ranks.world_size:
         raise InputError(f"--batch-size {options.batch_size} does not divide over "
                          f"{ranks.world_size} processes")
+    if options.offload and (options.parallel == "ddp" or ranks.world_size == 1):
+        raise InputError("--offload needs --parallel fsdp, and torchrun with two processes or more")
     if Path(options.model).resolve() == Path(options.out).resolve():
         raise InputError(f"--out {options.out} is the --model it starts from; choose another --out")
 

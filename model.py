@@ -1506,6 +1506,12 @@ def spread(tensor, like):
     return tensor.to(like.device)
 
 
+def reshard(model):
+    """After a forward pass without a backward one: FSDP keeps what is outside of blocks gathered till then."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def unsharded(model, ranks, adapt=lambda plain: None):
     """A model that FSDP has spread, whole on the first rank's CPU; one that is not spread itself.
 

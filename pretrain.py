@@ -25,13 +25,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.fsdp import FSDPModule
 
 from model import (DTYPES, CausalLM, Config, Experts, Metrics, Stepper, StopSignal, accumulate,
                    autocast, bits_per_byte, choose_compile, choose_dtype, export_best, fingerprint,
                    finish_run, generate, keep_best, learning_rate, load_folder, load_state, make_optimizer,
-                   open_run, parallelize, pick_device, process_group, read_config, read_json, router_losses,
-                   save_folder, save_state, say, spread, unsharded, whole, window_batch)
+                   open_run, parallelize, pick_device, process_group, read_config, read_json, reshard,
+                   router_losses, save_folder, save_state, say, spread, unsharded, whole, window_batch)
 from tokenizer import InputError, Tokenizer, one_line_errors, option, parse_options, read_tokens
 
 
@@ -495,8 +494,7 @@ def validate(model, tokenizer, shards, options, context):
     with context(), torch.compiler.set_stance("force_eager"):
         bits = bits_per_byte(model, tokenizer, shards, options.max_length,
                              options.micro_batch or options.batch_size, options.eval_windows or None)
-    if isinstance(model, FSDPModule):
-        model.reshard()  # without a backward pass embeddings and head stay gathered: the optimizer has shares
+    reshard(model)
     return bits, sum(bits.values()) / len(bits) if bits else math.nan  # no text to predict
 
 

@@ -19,12 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.distributed.fsdp import FSDPModule
 
 from model import (Metrics, Stepper, StopSignal, accumulate, add_lora, add_prefix, autocast, choose_compile,
                    choose_dtype, eos_ids, export_best, fingerprint, finish_run, keep_best, learning_rate,
                    load_folder, load_state, make_optimizer, merge_lora, open_run, parallelize, process_group,
-                   read_json, save_adapter, save_folder, save_prefix, save_state, say, set_prefix,
+                   read_json, reshard, save_adapter, save_folder, save_prefix, save_state, say, set_prefix,
                    train_rows_only, unsharded, write_json)
 from tokenizer import (InputError, encode_chat, held_out, jsonl_files, messages_of, one_line_errors, option,
                        parse_options, read_jsonl, read_tokens)
@@ -266,8 +265,7 @@ def validate(model, valid, options, ranks, context):
             logprobs = model(ids, positions, documents, targets=targets)  # (B, T)
         total -= logprobs.cpu().double().sum().item()  # MPS has no float64
         tokens += (targets >= 0).sum().item()
-    if isinstance(model, FSDPModule):
-        model.reshard()  # without a backward pass embeddings and head stay gathered: the optimizer has shares
+    reshard(model)
     return total / max(tokens, 1)
 
 

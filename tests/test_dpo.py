@@ -170,9 +170,10 @@ def test_stopped_and_resumed_is_bit_exact(tmp_path):
     assert_same_run(whole, parts)
 
 
-def test_two_ranks_equal_one(tmp_path):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_equal_one(tmp_path, parallel):
     assert run("dpo", *dpo_arguments(tmp_path / "one")) == 0
-    result = launch("dpo.py", *dpo_arguments(tmp_path / "two"), processes=2)
+    result = launch("dpo.py", *dpo_arguments(tmp_path / "two", parallel=parallel), processes=2)
     assert result.returncode == 0, result.stderr
     one, two = (metrics(tmp_path / name, "loss", "margin", "valid_loss") for name in ("one", "two"))
     assert len(one) == len(two)
