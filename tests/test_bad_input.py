@@ -143,6 +143,8 @@ sft.py              | --prefix 4 --max-length 48          | --prefix base fine-t
 sft.py              | --prefix 4                          | --max-length
 sft.py              | --lora 2 --freeze 1                 | --lora --prefix --freeze
 sft.py              | --freeze 9                          | --freeze 9
+sft.py              | --offload                           | --offload --parallel
+sft.py              | --parallel fsdp --lora 2            | --lora --parallel base
 sft.py              | --model prefix-other                | prefix-other missing prompt_embeddings
 sft.py              | --out base                          | base
 sft.py              | --out base --overwrite              | base --model
