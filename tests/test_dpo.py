@@ -170,7 +170,7 @@ def test_stopped_and_resumed_is_bit_exact(tmp_path):
     assert_same_run(whole, parts)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_ranks_equal_one(tmp_path, parallel):
     assert run("dpo", *dpo_arguments(tmp_path / "one")) == 0
     result = launch("dpo.py", *dpo_arguments(tmp_path / "two", parallel=parallel), processes=2)
