@@ -826,6 +826,11 @@ def add_prefix(model, ids):
     set_prefix(model, layers.permute(4, 2, 0, 1, 3, 5).flatten(1))
 
 
+def prefix_width(config: Config):
+    """How many numbers a token of a prefix has: keys and values of all layers, 2 L G D."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+
+
 def set_prefix(model, prefix):
     """prefix: (P, 2 L G D). It takes its place in the context; the decoder's own config is as before."""
     model.model.prefix = nn.Parameter(prefix.contiguous())
@@ -852,6 +857,11 @@ def unpack_int4(packed):
     return torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1).to(torch.int8) - 8
 
 
+def weight_of(codes, scales):
+    """The weight (out, in), fp32, that codes (out, in) and scales (out, in / group) stand for."""
+    return (codes.unflatten(1, (scales.shape[1], -1)) * scales.float()[..., None]).flatten(1)
+
+
 class QuantizedLinear(nn.Module):
     """A linear layer that keeps its codes and scales, and makes the weight of them in each forward."""
 
@@ -871,8 +881,7 @@ class QuantizedLinear(nn.Module):
     def dequantized(self):
         """The weight (out, in), fp32."""
         codes = unpack_int4(self.weight_packed) if hasattr(self, "weight_packed") else self.weight
-        scales = self.weight_scale.float()[..., None]  # (out, in / group, 1)
-        return (codes.unflatten(1, (scales.shape[1], -1)) * scales).flatten(1)
+        return weight_of(codes, self.weight_scale)
 
     def forward(self, x):
         return F.linear(x, self.dequantized().to(x.dtype), self.bias)
@@ -1242,8 +1251,8 @@ def load_prefix(model, tensors, folder):
     config, weight = model.config, model.lm_head.weight
     found = tensors.get("prompt_embeddings", torch.empty(0))
     count = min(found.shape[:1].numel(), config.max_position_embeddings - 1)  # some of the context is left
-    width = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    own = {"prompt_embeddings": torch.empty(count, width, device=weight.device, dtype=weight.dtype)}
+    shape = count, prefix_width(config)
+    own = {"prompt_embeddings": torch.empty(shape, device=weight.device, dtype=weight.dtype)}
     check_tensors(own, tensors, folder)
     copy_tensors(own, tensors, folder)
     set_prefix(model, own["prompt_embeddings"])
@@ -1507,7 +1516,7 @@ def spread(tensor, like):
 
 
 def reshard(model):
-    """After a forward pass without a backward one: FSDP keeps what is outside of blocks gathered till then."""
+    """After a forward pass without a backward one: FSDP keeps what is outside of blocks gathered."""
     if isinstance(model, FSDPModule):
         model.reshard()
 

@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from model import (QuantizedLinear, add_quantized, load_folder, pack_int4, quantization_config, read_json,
-                   refuse_untrainable, save_folder, write_json)
+                   refuse_untrainable, save_folder, weight_of, write_json)
 from tokenizer import (InputError, as_answer, encode_chat, jsonl_files, one_line_errors, option,
                        parse_options, prompt_messages, read_jsonl, read_tokens)
 
@@ -75,11 +75,6 @@ def quantize(weight, bits, group):
     scales = scales_of(groups, bits)  # (out, in / group)
     codes = codes_of(groups, scales.float()[..., None], bits)
     return codes.flatten(1).to(torch.int8), scales
-
-
-def weight_of(codes, scales):
-    """The weight (out, in) that codes and scales stand for, in fp32."""
-    return (codes.float().unflatten(1, (scales.shape[1], -1)) * scales.float()[..., None]).flatten(1)
 
 
 def gptq(weight, hessian, bits, group):

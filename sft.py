@@ -22,9 +22,9 @@ import torch
 
 from model import (Metrics, Stepper, StopSignal, accumulate, add_lora, add_prefix, autocast, choose_compile,
                    choose_dtype, eos_ids, export_best, fingerprint, finish_run, keep_best, learning_rate,
-                   load_folder, load_state, make_optimizer, merge_lora, open_run, parallelize, process_group,
-                   read_json, reshard, save_adapter, save_folder, save_prefix, save_state, say, set_prefix,
-                   train_rows_only, unsharded, write_json)
+                   load_folder, load_state, make_optimizer, merge_lora, open_run, parallelize, prefix_width,
+                   process_group, read_json, reshard, save_adapter, save_folder, save_prefix, save_state, say,
+                   set_prefix, train_rows_only, unsharded, write_json)
 from tokenizer import (InputError, encode_chat, held_out, jsonl_files, messages_of, one_line_errors, option,
                        parse_options, read_jsonl, read_tokens)
 
@@ -285,8 +285,8 @@ def prepare_model(options, tokenizer, model, train):
         for row in new_rows:
             embedding[row] = embedding[tokenizer.endoftext]
     if new_rows and (options.prefix or options.parallel == "fsdp" and (options.lora or options.freeze)):
-        raise InputError(f"{options.model} has never seen a chat: fine-tune it first, as --prefix does not train "
-                         "its chat tokens, nor do --lora and --freeze with --parallel fsdp")
+        raise InputError(f"{options.model} has never seen a chat: fine-tune it first, as --prefix does not "
+                         "train its chat tokens, nor do --lora and --freeze with --parallel fsdp")
     if options.lora:
         add_lora(model, options.lora, options.lora_alpha, options.seed)
     if options.prefix:
@@ -381,8 +381,7 @@ def add_empty_adapter(options, plain):
     if options.lora:
         add_lora(plain, options.lora, options.lora_alpha)
     if options.prefix:
-        width = 2 * plain.config.num_hidden_layers * plain.config.num_key_value_heads * plain.config.head_dim
-        set_prefix(plain, torch.empty(options.prefix, width, device="meta"))
+        set_prefix(plain, torch.empty(options.prefix, prefix_width(plain.config), device="meta"))
 
 
 def export(options, model, tokenizer, new_rows):

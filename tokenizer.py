@@ -505,9 +505,12 @@ class Tokenizer:
     def save(self, folder):
         """Write tokenizer.json and tokenizer_config.json; the files of a loaded tokenizer, byte for byte."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        ours = {"tokenizer_config.json": TOKENIZER_CONFIG, "tokenizer.json": tokenizer_json(self)}
-        written = {name: json.dumps(file, ensure_ascii=False, indent=1) + "\n" for name, file in ours.items()}
-        for name, data in (self.files or {name: text.encode() for name, text in written.items()}).items():
+        files = self.files
+        if not files:
+            ours = {"tokenizer_config.json": TOKENIZER_CONFIG, "tokenizer.json": tokenizer_json(self)}
+            files = {name: (json.dumps(file, ensure_ascii=False, indent=1) + "\n").encode()
+                     for name, file in ours.items()}  # fmt: skip
+        for name, data in files.items():
             write_whole(Path(folder) / name, data)
 
 

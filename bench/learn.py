@@ -4,9 +4,9 @@
     python bench/learn.py --nanogpt nanoGPT --tokenizer run-data/tokenizer --data run-data/tokens
     python bench/learn.py ... --lr 3e-3 1e-3 --seeds 1 --steps 250    # which learning rate suits each
 
-About equal parameters (printed), the same windows in the same order, AdamW, warmup and cosine for both. Ours sees
-documents apart, nanoGPT's sees whole windows, each as it is meant to; both are judged on the same held-out
-windows. With several --lr each model's best is taken, by the mean over languages at the end.
+About equal parameters (printed), the same windows in the same order, AdamW, warmup and cosine for both. Ours
+sees documents apart, nanoGPT's sees whole windows, each as it is meant to; both are judged on the same
+held-out windows. With several --lr each model's best is taken, by the mean over languages at the end.
 """
 
 import argparse
@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from train import load
+from train import config_of, make as make_peer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import CausalLM, Config, Stepper, autocast, bits_per_byte, learning_rate, make_optimizer  # noqa: E402
+from model import CausalLM, Stepper, autocast, bits_per_byte, learning_rate, make_optimizer  # noqa: E402
 from pretrain import Windows, next_token_loss  # noqa: E402
 from tokenizer import Tokenizer, read_tokens  # noqa: E402
 
-H, I, L, N = 256, 704, 4, 4  # hidden size, width of our MLP (three matrices; nanoGPT's has two of 4 H), layers, heads
+H, I, L, N = 256, 704, 4, 4  # hidden size, width of our MLP (nanoGPT's has 4 H), layers, heads
 MODELS = ("ours", "nanoGPT")
 
 
@@ -41,22 +41,18 @@ class NanoGPT(nn.Module):
 
 
 def make(name, vocab_size, seed, options):
-    torch.manual_seed(seed)
+    shape = vocab_size, H, I, L, N, options.batch_size, options.max_length
     if name == "ours":
-        return CausalLM(Config(
-            vocab_size=vocab_size, hidden_size=H, intermediate_size=I, num_hidden_layers=L, head_dim=H // N,
-            num_attention_heads=N, num_key_value_heads=N, tie_word_embeddings=True,
-            max_position_embeddings=options.max_length)).init_weights(seed)
-    module = load(options.nanogpt, "model.py")
-    return NanoGPT(module.GPT(module.GPTConfig(block_size=options.max_length, vocab_size=vocab_size, n_layer=L,
-                                               n_head=N, n_embd=H, dropout=0.0, bias=False)))
+        return CausalLM(config_of(shape)).init_weights(seed)
+    torch.manual_seed(seed)
+    return NanoGPT(make_peer(name, shape, options)[0])
 
 
 def learn(name, lr, seed, tokenizer, shards, options):
     """[(tokens read, {language: bits per byte})] of one run."""
     model, device = make(name, tokenizer.vocab_size, seed, options), torch.device(options.device)
     model.to(device)
-    print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, lr {lr}, seed {seed}", flush=True)
+    print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, lr {lr}, seed {seed}")
     stepper = Stepper(make_optimizer(model, lr, 0.1, (0.9, 0.95)), options.dtype, 1.0)
     windows, curve, read = Windows(shards["train"], options.max_length, tokenizer, seed), [], 0
     if options.compile:
@@ -75,8 +71,12 @@ def learn(name, lr, seed, tokenizer, shards, options):
                 bits = bits_per_byte(model, tokenizer, shards["valid"], options.max_length,
                                      max_windows=options.eval_windows)
             curve.append((read, bits))
-            print(f"{name} {read:10,} tokens  " + "  ".join(f"{k} {v:.4f}" for k, v in bits.items()), flush=True)
+            print(told(f"{name} {read:10,} tokens", bits), flush=True)
     return curve
+
+
+def told(what, bits):
+    return "  ".join([what, *(f"{lang} {value:.4f}" for lang, value in bits.items())])
 
 
 def last(curve):
@@ -111,7 +111,7 @@ def main():
         print(f"{name}, lr {lr}, mean of seeds {options.seeds}:")
         for rows in zip(*(curves[name, lr, seed] for seed in options.seeds)):
             means = {lang: statistics.mean(bits[lang] for _, bits in rows) for lang in rows[0][1]}
-            print(f"  {rows[0][0]:10,} tokens  " + "  ".join(f"{k} {v:.4f}" for k, v in means.items()))
+            print(told(f"  {rows[0][0]:10,} tokens", means))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@
     python bench/train.py --profile  # where the time of our step goes
 
 Each runs in fp32 and bf16 autocast, eager and compiled, by turns in one process, without a document mask; all
-have fused AdamW and clipping. (A CPU without bf16 units wants `--dtype fp32`.) Printed are best and median tokens a second, our share of the rate that a large
-product reaches, and each one's memory, in a process of its own. A peer that is not there is said not to be.
+have fused AdamW and clipping. (A CPU without bf16 units wants `--dtype fp32`.) Printed are best and median
+tokens a second, our share of the rate that a large product reaches, and each one's memory, in a process of
+its own. A peer that is not there is said not to be.
 """
 
 import argparse

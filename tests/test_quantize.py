@@ -11,8 +11,8 @@ from hypothesis import given, strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.torch import load_file, save_file
 
-from model import RewardModel, generate, load_folder, pack_int4, save_folder, unpack_int4
-from quantize import gptq, quantize, weight_of
+from model import RewardModel, generate, load_folder, pack_int4, save_folder, unpack_int4, weight_of
+from quantize import gptq, quantize
 from test_model import make, random_ids
 from tiny import dialogues, run, sft_arguments, tiny
 from tokenizer import InputError, Tokenizer, encode_chat, read_tokens

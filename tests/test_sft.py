@@ -234,20 +234,21 @@ def test_a_lora_folder_gives_the_same_logits_here_in_peft_and_merged(tmp_path):
     assert losses[-1] < losses[0]
 
 
-def test_lora_resumes_bit_exactly_and_leaves_the_base_alone(tmp_path):
-    base = (tiny() / "base" / "model.safetensors").read_bytes()
-    arguments = sft_arguments(tiny(), tmp_path / "a", lora=2)
-    assert run("sft", *arguments) == 0
-    more = sft_arguments(tiny(), tmp_path / "b", lora=2)
-    process = subprocess.Popen(command_line("sft.py", *more), cwd=ROOT, env=environment(),
+@pytest.mark.parametrize("settings", [{"lora": 2}, {"prefix": 3, "max-length": 48}], ids=["lora", "prefix"])
+def test_an_adapter_resumes_bit_exactly_and_leaves_the_base_alone(chats, tmp_path, settings):
+    base = chats if "prefix" in settings else tiny() / "base"
+    before = (base / "model.safetensors").read_bytes()
+    whole, parts = (sft_arguments(tiny(), tmp_path / name, model=base, **settings)[2:] for name in "ab")
+    assert run("sft", *whole) == 0
+    process = subprocess.Popen(command_line("sft.py", *parts), cwd=ROOT, env=environment(),
                                stderr=subprocess.DEVNULL)
     while not newest_state(tmp_path / "b"):
         time.sleep(0.01)
     process.kill()
     process.wait()
-    assert run("sft", *more, "--resume") == 0
+    assert run("sft", *parts, "--resume") == 0
     a, b = ((tmp_path / x / "adapter_model.safetensors").read_bytes() for x in "ab")
-    assert a == b and base == (tiny() / "base" / "model.safetensors").read_bytes()
+    assert a == b and before == (base / "model.safetensors").read_bytes()
 
 
 def test_a_prefix_gives_the_same_logits_here_and_in_peft(chats, tmp_path, capsys):
@@ -272,21 +273,6 @@ def test_a_prefix_gives_the_same_logits_here_and_in_peft(chats, tmp_path, capsys
     assert losses[-1] < losses[0]
     further = sft_arguments(tiny(), tmp_path / "more", model=tmp_path / "prefix", **{"max-length": 48})[2:]
     assert run("sft", *further) == 2 and "with a trained prefix" in capsys.readouterr().err  # it would be lost
-
-
-def test_a_prefix_resumes_bit_exactly(chats, tmp_path):
-    settings = {"model": chats, "prefix": 3, "max-length": 48}
-    whole, parts = (sft_arguments(tiny(), tmp_path / name, **settings)[2:] for name in "ab")
-    assert run("sft", *whole) == 0
-    process = subprocess.Popen(command_line("sft.py", *parts), cwd=ROOT, env=environment(),
-                               stderr=subprocess.DEVNULL)
-    while not newest_state(tmp_path / "b"):
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert run("sft", *parts, "--resume") == 0
-    a, b = ((tmp_path / x / "adapter_model.safetensors").read_bytes() for x in "ab")
-    assert a == b
 
 
 def test_frozen_blocks_and_embeddings_stay_but_for_new_chat_tokens(tmp_path):
