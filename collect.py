@@ -186,7 +186,8 @@ def rank_answers(items, sampled, score, options, counts):
     """
     records, totals = [], {"sampled": [], "written": []}
     for item, samples in zip(items, sampled):
-        texts, cut = [text for text, _ in samples], {text for text, ended in samples if not ended}
+        texts = [text for text, _ in samples]
+        whole = {text for text, ended in samples if ended} | set(item.written)
         answers = list(dict.fromkeys(texts + item.written))  # distinct, the sampled ones first
         scores = score_answers(item, answers, score, options.key)
         value = dict(zip(answers, scores))
@@ -197,7 +198,7 @@ def rank_answers(items, sampled, score, options, counts):
         if len(answers) < 2:
             counts["one_answer"] += 1
             continue
-        ranks = ranks_of([-math.inf if text in cut else value[text] for text in answers])
+        ranks = ranks_of([value[text] if text in whole else -math.inf for text in answers])
         counts["all_tied"] += max(ranks) == 1
         records += (as_pairs if options.pairs else as_ranking)(item, answers, ranks)
     for origin, values in totals.items():

@@ -108,6 +108,9 @@ def test_an_answer_that_was_cut_off_is_chosen_over_no_whole_one():
     score = lambda prompt, answer, meta: {"gold": len(answer)}  # noqa: E731
     [record] = collect.rank_answers([item], sampled, score, options, counts)
     assert record["ranks"] == [3, 1, 3, 2] and counts["cut"] == 2
+    sampled[0] += [("Another that", True), ("No.", False)]  # the same words, once whole and once without their end
+    [record] = collect.rank_answers([item], sampled, score, options, counts)
+    assert record["ranks"] == [4, 2, 1, 3]
 
 
 def test_silence_is_chosen_in_no_pair():
