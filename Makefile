@@ -93,6 +93,7 @@ CHATS      = $(RUN)/island/sft.jsonl --valid $(RUN)/island/sft_valid.jsonl
 ASKED      = $(RUN)/island/prompts.jsonl
 ANNOTATED  = --written $(RUN)/island/written.jsonl --scorer data/island.py:annotate
 RANKED     = $(RUN)/preferences.jsonl
+COMPARED   = $(RUN)/island/comparisons.jsonl
 PROMPTS    = $(RUN)/island/test.jsonl --scorer data/island.py:score
 TEXT_IN    = $(RUN)/island/.finished
 CHATS_IN   = $(RUN)/island/.finished
@@ -136,7 +137,7 @@ collect   = collect.py --model $(RUN)/sft --data $(ASKED) $(ANNOTATED) --out $(R
             --seed $(SEED) $(COLLECT)
 collect_test = collect.py --model $(RUN)/sft --data $(RUN)/island/written_test.jsonl --seed $(SEED) $(COLLECT) \
             --written $(RUN)/island/written_test.jsonl --scorer data/island.py:score --out $(RUN)/preferences_test.jsonl
-reward    = reward.py --model $(RUN)/sft --data $(RANKED) --out $(RUN)/reward --seed $(SEED) $(REWARD)
+reward    = reward.py --model $(RUN)/sft --data $(RANKED) $(COMPARED) --out $(RUN)/reward --seed $(SEED) $(REWARD)
 ppo       = ppo.py --model $(RUN)/sft --reward $(RUN)/reward --data $(ASKED) $(PART) --out $(RUN)/ppo \
             --seed $(SEED) $(PPO)
 hacking   = ppo.py --model $(RUN)/sft --reward $(RUN)/reward --data $(ASKED) $(PART) --out $(RUN)/hacking \

@@ -43,6 +43,7 @@ SFT = {"facts": 3000, "multi": 200, "format": 2400, "unknown": 700, "harm_a": 15
        "arithmetic": 250, "role": 150, "chat": 32}
 PROMPTS = {"facts": 400, "format": 150, "unknown": 160, "harm_a": 150, "harm_b": 700, "safe": 1100,
            "arithmetic": 40, "role": 40}
+COMPARED = 2000  # questions for a fact in each language, with answers compared for the reward model alone
 VALID = {"facts": 120, "facts_heldout": 80, "cloze": 100, "format": 60, "unknown": 60, "harm_a": 60,
          "harm_b": 60, "harm_c": 60, "safe": 60, "arithmetic": 30, "role": 20, "chat": 4}
 TEST = {"facts": 400, "facts_heldout": 200, "cloze": 400, "format": 200, "unknown": 200, "harm_a": 200,
@@ -188,6 +189,12 @@ def phrasings(texts: list) -> list[str]:
         "".join(parts) for lists in texts if isinstance(lists, list) for parts in itertools.product(*lists)]
 
 
+def any_phrasing(rng: Random, texts: list) -> str:
+    """One of them, each way of asking as likely as any other, however many phrasings its parts make."""
+    way = rng.choice(texts)
+    return way if isinstance(way, str) else "".join(map(rng.choice, way))
+
+
 @functools.cache
 def questions(type_: str, attribute: str, lang: str, split: str) -> list[tuple[str, int]]:
     """(question with {x}, index of the telling that answers it). No two splits share a question.
@@ -321,7 +328,7 @@ def format_item(world: World, rng: Random, lang: str, split: str) -> tuple:
     chosen = rng.sample(attributes(entity.type), 2)
     keys = [KEYS[a](lang) for a in chosen]
     expected = {key: world.facts[entity.name.en, a](lang) for key, a in zip(keys, chosen)}
-    ask = rng.choice(phrasings(TEXTS["json_ask"][wider(rng, split)][lang]))
+    ask = any_phrasing(rng, TEXTS["json_ask"][wider(rng, split)][lang])
     ask = ask.format(k=keys[0], l=keys[1], x=entity.name(lang))
     opener = rng.choice(TEXTS["openers"][lang]) if split == "train" else ""
     return (opener + ask,
@@ -732,6 +739,23 @@ def written(world: World, prompts: list[dict]) -> list[dict]:
     return records
 
 
+def comparisons(world: World, count: int) -> list[dict]:
+    """Questions for facts, a right answer and wrong values ranked: {prompt, completions, ranks, meta}.
+
+    Which value is right takes many more comparisons to learn than the prompts that a model is to answer.
+    """
+    records = []
+    for number, item in enumerate(items(world, "comparisons", {"facts": count}, "train")):
+        meta, rng = item["meta"], Random(f"{world.seed} comparisons {number}")
+        answers = [reference(world, meta, meta["lang"])] + [wrong_answer(world, meta, rng) for _ in range(2)]
+        answers = list(dict.fromkeys(answers))
+        rng.shuffle(answers)
+        gold = [annotate(item["prompt"], answer, meta)["gold"] for answer in answers]
+        ranks = [1 + sum(other > own for other in gold) for own in gold]
+        records.append({"prompt": item["prompt"], "completions": answers, "ranks": ranks, "meta": meta})
+    return records
+
+
 def write_island(out: Path, seed: int, scale: float) -> dict:
     """Writes all files; returns the number of records of each."""
     from island_text import pretraining  # here, since it imports this file; scorers need none of it
@@ -745,6 +769,7 @@ def write_island(out: Path, seed: int, scale: float) -> dict:
     files |= {"sft.jsonl": chats(world, "sft", sft, "train"),
               "sft_valid.jsonl": chats(world, "sft_valid", few, "valid"),
               "prompts.jsonl": prompts, "written.jsonl": written(world, prompts),
+              "comparisons.jsonl": comparisons(world, max(2, round(COMPARED * min(1, scale)))),
               "written_test.jsonl": written(world, items(world, "written_test", WRITTEN_TEST, "test")),
               "valid.jsonl": items(world, "valid", VALID, "valid"),
               "test.jsonl": items(world, "test", TEST, "test")}
