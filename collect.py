@@ -7,7 +7,7 @@
 
 reward.py and dpo.py read either. The scorer stands for whoever judges: `(prompt, answer, meta) -> {name:
 number}`, of which --key is the score; a larger score is a better rank, equal scores share one. What is
-sampled depends on --seed and the prompt's place in the data only, not on batches or the number of processes.
+sampled depends on --seed, --k and the prompt's place among those that are answered, not on batches or ranks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from model import DTYPES, generate, load_folder, process_group, say, stop_ids, write_json
 from tokenizer import (InputError, encode_chat, held_out, jsonl_files, load_scorer, name_of, one_line_errors,
-                       option, parse_options, prompt_messages, read_jsonl, write_whole)
+                       option, parse_options, prompt_messages, read_jsonl, reasons, write_whole)
 
 
 @dataclass(kw_only=True)
@@ -87,7 +87,7 @@ def read_items(options, tokenizer, room, counts):
     written = read_written(jsonl_files([options.written])) if options.written else {}
     items = []
     for file in jsonl_files(options.data):
-        for number, record in read_jsonl(file):
+        for number, record in read_jsonl(file, counts if options.skip_bad else None):
             if counts["prompts"] == options.limit:
                 break
             place = f"{file}:{number}"
@@ -110,7 +110,7 @@ def read_items(options, tokenizer, room, counts):
             drawn = draw_written(written.get(name, []), options.k, options.seed, name)
             items.append(Item(record["prompt"], record.get("meta"), ids, drawn, place))
     if not items:
-        raise InputError(f"{' '.join(options.data)}: no prompt to answer")
+        raise InputError(f"{' '.join(options.data)}: no prompt to answer ({reasons(counts)})")
     if written and not any(item.written for item in items):
         raise InputError(f"{options.written}: has no answer to any prompt of {' '.join(options.data)}")
     return items
@@ -200,6 +200,8 @@ def rank_answers(items, sampled, score, options, counts):
             continue
         ranks = ranks_of([value[text] if text in whole else -math.inf for text in answers])
         counts["all_tied"] += max(ranks) == 1
+        counts["silent"] += options.pairs and any(rank < max(ranks) and not answer.strip()
+                                                  for answer, rank in zip(answers, ranks))
         records += (as_pairs if options.pairs else as_ranking)(item, answers, ranks)
     for origin, values in totals.items():
         counts[origin] = len(values)
@@ -220,8 +222,9 @@ def collect(options, ranks):
     model, tokenizer = load_folder(options.model, ranks.device, DTYPES[options.dtype])
     room = model.config.max_position_embeddings - options.max_new_tokens
     counts = dict.fromkeys(("prompts", "bad", "held_out", "too_long", "cut", "one_answer", "duplicates",
-                            "all_tied"), 0)
+                            "all_tied", "silent"), 0)
     items = read_items(options, tokenizer, room, counts)
+    score_answers(items[0], [""], score, options.key)  # one that fails is told before the sampling
     stop = stop_ids(options.model, tokenizer) | {tokenizer.endoftext}
     sampling = time.monotonic()
     sampled = sample_answers(model, tokenizer, items, stop, options, ranks)
@@ -262,7 +265,7 @@ def report(options, counts, seconds, rate):
             f"cut off by --max-new-tokens, and ranked last: {counts['cut']:,}\n"
             f"left out: {counts['bad']:,} bad prompts, {counts['held_out']:,} held out, "
             f"{counts['too_long']:,} too long, {counts['one_answer']:,} with one answer only; all answers tie "
-            f"in {counts['all_tied']:,}")
+            f"in {counts['all_tied']:,}; {counts['silent']:,} lost pairs that preferred silence")
 
 
 def check_options(options):

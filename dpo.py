@@ -21,11 +21,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import (Metrics, Ranks, Stepper, StopSignal, accumulate, autocast, choose_dtype, export_best,
-                   fingerprint, finish_run, keep_best, learning_rate, load_folder, load_state, make_optimizer,
-                   open_run, parallelize, process_group, reshard, save_folder, save_state, say, unsharded)
+from model import (Metrics, Ranks, Stepper, StopSignal, accumulate, autocast, choose_dtype,
+                   end_at_answers, export_best, fingerprint, finish_run, keep_best, learning_rate,
+                   load_folder, load_state, make_optimizer, open_run, parallelize, process_group, reshard, save_folder,
+                   save_state, say, unsharded)
 from tokenizer import (InputError, encode_answer, held_out, jsonl_files, name_of, one_line_errors, option,
-                       parse_options, read_jsonl, record_ranking)
+                       parse_options, read_jsonl, reasons, record_ranking)
 
 
 @dataclass(kw_only=True)
@@ -73,10 +74,11 @@ class Options:
 
 @dataclass
 class Answer:
-    """A prompt and one answer: their ids (n,), and which of them are trained as targets (n,)."""
+    """A prompt and one answer: their ids (n,), which of them are targets (n,), and whether it says a word."""
 
     ids: np.ndarray
     trained: np.ndarray
+    spoken: bool
 
 
 @dataclass
@@ -93,10 +95,10 @@ def draw_pairs(answers, ranks, count, seed, name):
     """Pairs of a ranking, by seed and prompt only: a best answer, and `count` different ones ranked lower.
 
     All pairs have one chosen answer, so that the model is not pulled to several at once; ties make no pair.
-    Nor does silence where it is the best: of an answer that is chosen more is trained than its <|im_end|>.
+    Nor does silence where it is the best: nobody would learn to say it.
     """
     random, best = Random(f"pairs {seed} {name}"), min(ranks, default=1)
-    spoken = [a for a, rank in zip(answers, ranks) if rank == best and a.trained.sum() > 1]
+    spoken = [a for a, rank in zip(answers, ranks) if rank == best and a.spoken]
     if not spoken:
         return []
     chosen = random.choice(spoken)
@@ -108,11 +110,13 @@ def read_pairs(files, tokenizer, options, counts):
     """All pairs as (held out?, Pair). Counts what is bad, too long, or without a pair."""
     pairs = []
     for file in files:
-        for number, record in read_jsonl(file):
+        for number, record in read_jsonl(file, counts if options.skip_bad else None):
             try:
                 prompt, answers, ranks = record_ranking(record)
                 encoded = [encode_answer(tokenizer, prompt, answer) for answer in answers]
-                answers = [Answer(np.array(ids), np.array(trained)) for ids, trained in encoded]
+                spoken = [bool(answer[-1]["content"].strip()) for answer in answers]
+                answers = [Answer(np.array(ids), np.array(trained), words)
+                           for (ids, trained), words in zip(encoded, spoken)]
             except InputError as error:
                 if not options.skip_bad:
                     place = f"{file}:{number}"
@@ -137,7 +141,7 @@ def split_pairs(options, tokenizer, counts):
     else:
         train, valid = [p for held, p in pairs if not held], [p for held, p in pairs if held]
     if not train:
-        raise InputError(f"{' '.join(options.data)}: no pair left to train on")
+        raise InputError(f"{' '.join(options.data)}: no pair left to train on ({reasons(counts)})")
     if options.valid and not valid:
         raise InputError(f"{options.valid}: no pair left to validate on")
     return train, valid or train[:1]
@@ -312,6 +316,8 @@ def train(options, ranks):
     steps = [s for epoch in range(options.epochs) for s in epoch_steps(options, len(train_set), epoch)]
     say(ranks, f"{len(train_set):,} pairs, {len(valid_set):,} to validate on; left out: {counts['bad']} bad, "
                f"{counts['too_long']} answers too long, {counts['no_pair']} prompts without a pair")
+    if valid_set[0] is train_set[0]:
+        say(ranks, "none of them is held out, so one is validated on that is trained on: see --valid")
     references, *validation = all_references(options, model, steps, train_set, valid_set, pad, ranks, context)
     optimizer = make_optimizer(model, options.lr, options.weight_decay, betas=(0.9, 0.95))
     stepper = Stepper(optimizer, dtype, options.clip)
@@ -358,7 +364,12 @@ def train(options, ranks):
     export_best(options, ranks, model)
     plain = unsharded(model, ranks)
     return finish_run(options, ranks, run | {"left_out": counts}, record,
-                      lambda: save_folder(options.out, plain, tokenizer))
+                      lambda: export(options, plain, tokenizer))
+
+
+def export(options, model, tokenizer):
+    save_folder(options.out, model, tokenizer)
+    end_at_answers(options.out, tokenizer)
 
 
 def check_options(options, ranks):

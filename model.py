@@ -298,7 +298,7 @@ class Decoder(nn.Module):
             positions = None if positions is None else positions + cache.prefix
         if positions is None:
             positions = cache.positions(T) if cache else torch.arange(T, device=ids.device).expand(B, T)
-        masks = {w: attention_mask(T, w, documents, cache, ids.device) for w in set(self.windows)}
+        masks = {w: attention_mask(T, w, documents, cache, positions) for w in set(self.windows)}
         cos, sin = rotary(positions, self.config)
         x = self.embed_tokens(ids)  # (B, T, H)
         for i, (layer, window) in enumerate(zip(self.layers, self.windows)):
@@ -308,19 +308,22 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-def attention_mask(T, window, documents, cache, device):
+def attention_mask(T, window, documents, cache, positions):
     """(B or 1, 1, T, columns), true where a token may look: back, inside its window and document (B, T).
 
-    None where plain causal attention says it all: that has a faster path. A cache's prefix is seen by all. A
-    column of a cache's padding sees itself too: a row with nothing to look at would be NaN.
+    None where plain causal attention says it all: that has a faster path. A cache's prefix stands right
+    before every text, and positions (B or 1, T) count from its start. A column of a cache's padding sees
+    itself too: a row with nothing to look at would be NaN.
     """
     before, padded = (cache.prefix + cache.length, cache.padded) if cache else (0, False)
     window = window or before + T
     if documents is None and not padded and window >= before + T and (before == 0 or T == 1):
         return None
-    key = torch.arange(before + T, device=device)
+    key = torch.arange(before + T, device=positions.device)
     query = key[before:, None]
     seen = ((key <= query) & (key > query - window))[None]  # (1, T, columns)
+    if before and cache.prefix:
+        seen = torch.where(key < cache.prefix, key > positions[:, :, None] - window, seen)
     if documents is not None:
         own = documents[:, :, None] == documents[:, None, :]  # (B, T, T)
         seen = seen & F.pad(own, (before, 0), value=True)  # (B, T, columns)
@@ -562,8 +565,9 @@ class OneToken:
     def __call__(self, ids, cache):
         """ids (B,) -> hidden states (B, H); the token's keys and values go into the cache."""
         config, windows, (N, G, D) = self.model.config, self.model.windows, self.shape
-        masks = {w: attention_mask(1, w, None, cache, ids.device) for w in set(windows)}
-        cos, sin = (x[:, :, 0] for x in rotary(cache.positions(1), config))  # (B, 1, D/2)
+        positions = cache.positions(1)  # (B, 1)
+        masks = {w: attention_mask(1, w, None, cache, positions) for w in set(windows)}
+        cos, sin = (x[:, :, 0] for x in rotary(positions, config))  # (B, 1, D/2)
         cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # (B, 1, D)
         x = self.model.embed_tokens(ids)  # (B, H)
         for i, (layer, qkv, norms, gate_up) in enumerate(self.layers):
@@ -774,10 +778,13 @@ def add_lora(model, r, alpha, seed=0, targets=LORA_TARGETS):
 
 def train_rows_only(weight, rows):
     """Let some rows of a frozen matrix (new tokens of an embedding) train, and no others."""
-    mask = torch.zeros(weight.shape[0], 1, device=weight.device)
-    mask[rows] = 1.0
+    def only_these(gradient):  # on whatever device the model is by then
+        kept = torch.zeros_like(gradient)
+        kept[rows] = gradient[rows]
+        return kept
+
     weight.requires_grad_(True)
-    weight.register_hook(lambda gradient: gradient * mask)
+    weight.register_hook(only_these)
     weight.rows_only = rows  # weight decay must leave the other rows alone
 
 
@@ -841,18 +848,21 @@ def set_prefix(model, prefix):
 # ---------------------------------------------------------------------------------------------------------
 # Low-bit layers: W[o, i] = scale[o, i / group] * code[o, i], packed as compressed-tensors packs them
 
-FORMATS = {4: "pack-quantized", 8: "int-quantized"}
 ROUTERS = "re:.*mlp.gate$"  # what compressed-tensors is told to ignore in a mixture of experts
 
 
-def pack_int4(codes):
-    """Codes -8 to 7 (out, in) as int8 -> (out, in / 8) int32: code + 8 in four bits, the first one lowest."""
+def pack(codes, bits):
+    """Codes (out, in) as int8 -> (out, in bits / 32) int32: code + 2^(bits - 1), the first one lowest."""
+    if bits == 8:
+        return (codes ^ -128).contiguous().view(torch.int32)  # + 128, in two's complement
     pairs = (codes + 8).to(torch.uint8).unflatten(1, (-1, 2))  # (out, in / 2, 2)
     return (pairs[..., 0] | pairs[..., 1] << 4).contiguous().view(torch.int32)  # bytes are little-endian
 
 
-def unpack_int4(packed):
-    """(out, in / 8) int32 -> codes -8 to 7 (out, in) as int8. By bytes: 60 times faster than by shifts."""
+def unpack(packed, bits):
+    """(out, in bits / 32) int32 -> codes (out, in) as int8. By bytes: 60 times faster than by shifts."""
+    if bits == 8:
+        return packed.view(torch.int8) ^ -128
     pairs = packed.view(torch.uint8)  # (out, in / 2)
     return torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1).to(torch.int8) - 8
 
@@ -869,19 +879,16 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         (out_features, in_features), device = linear.weight.shape, linear.weight.device
         codes = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
-        if bits == 4:
-            self.register_buffer("weight_packed", pack_int4(codes))  # (out, in / 8)
-            self.register_buffer("weight_shape", torch.tensor(codes.shape, device=device))
-        else:
-            self.register_buffer("weight", codes)  # (out, in)
+        self.bits = bits
+        self.register_buffer("weight_packed", pack(codes, bits))  # (out, in bits / 32)
+        self.register_buffer("weight_shape", torch.tensor(codes.shape, device=device))
         scales = torch.ones(out_features, in_features // group, dtype=scale_dtype, device=device)
         self.register_buffer("weight_scale", scales)  # (out, in / group)
         self.bias = linear.bias  # a parameter (out,), or None
 
     def dequantized(self):
         """The weight (out, in), fp32."""
-        codes = unpack_int4(self.weight_packed) if hasattr(self, "weight_packed") else self.weight
-        return weight_of(codes, self.weight_scale)
+        return weight_of(unpack(self.weight_packed, self.bits), self.weight_scale)
 
     def forward(self, x):
         return F.linear(x, self.dequantized().to(x.dtype), self.bias)
@@ -899,8 +906,9 @@ def add_quantized(model, bits, group, where, tensors={}):
     for name, module in linear:
         out_features, in_features = module.weight.shape
         size = group or in_features
-        if in_features % size or bits == 4 and size % 8:
-            words = " (INT4 packs eight weights in a word: groups are multiples of 8)" if size % 8 else ""
+        word = 32 // bits
+        if in_features % size or size % word:
+            words = f" (a word holds {word} of them: groups are multiples of that)" if size % word else ""
             raise InputError(f"{where}: {name}: a row of {in_features} weights does not divide into groups "
                              f"of {size}{words}")
         known, shape = tensors.get(f"{name}.weight_shape"), [out_features, in_features]
@@ -916,9 +924,10 @@ def quantization_config(bits, group, experts=False):
     """`quantization_config` of config.json, in compressed-tensors' words; group 0: a scale for each row."""
     weights = {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False, "actorder": None,
                "strategy": "group" if group else "channel", "group_size": group or None}
-    layers = {"targets": ["Linear"], "format": FORMATS[bits], "weights": weights, "input_activations": None,
+    packed = "pack-quantized"
+    layers = {"targets": ["Linear"], "format": packed, "weights": weights, "input_activations": None,
               "output_activations": None}
-    return {"quant_method": "compressed-tensors", "format": FORMATS[bits],
+    return {"quant_method": "compressed-tensors", "format": packed,
             "quantization_status": "compressed", "ignore": ["lm_head", ROUTERS] if experts else ["lm_head"],
             "kv_cache_scheme": None, "sparsity_config": {}, "transform_config": {},
             "config_groups": {"group_0": layers}}
@@ -1218,7 +1227,8 @@ def load_adapter(folder, device, dtype):
             raise InputError(f"{path}: {key} = {settings[key]!r} is not supported")
     kinds = {"r": int, "lora_alpha": (int, float), "target_modules": list} if not prefixed else {}
     for key, kind in ({"base_model_name_or_path": str} | kinds).items():
-        if not isinstance(settings.get(key), kind) or not settings[key] or key == "r" and settings["r"] < 1:
+        value = settings.get(key)
+        if not isinstance(value, kind) or key != "lora_alpha" and not value or key == "r" and value < 1:
             raise InputError(f"{path}: {key} = {settings.get(key)!r} is not supported")
     named = settings["base_model_name_or_path"]
     base = folder / named if (folder / named).exists() else Path(named)
@@ -1293,8 +1303,8 @@ def save_prefix(folder, model, base):
 
 
 def write_adapter(folder, base, settings, tensors):
-    common = {"task_type": "CAUSAL_LM", "base_model_name_or_path": os.path.relpath(base, folder),
-              "inference_mode": True}
+    where = os.path.relpath(Path(base).resolve(), folder.resolve())
+    common = {"task_type": "CAUSAL_LM", "base_model_name_or_path": where, "inference_mode": True}
     write_safetensors(folder / "adapter_model.safetensors", tensors)
     write_json(folder / "adapter_config.json", settings | common)
     Tokenizer.load(base).save(folder)
@@ -1376,7 +1386,15 @@ def end_ids(tokenizer):
 
 def stop_ids(folder, tokenizer):
     """Ids that end an answer: the folder's, and what ends one in a chat, which a base model may lack."""
-    return {*(eos_ids(folder) or [tokenizer.endoftext]), tokenizer.im_end} - {None}
+    return {*(eos_ids(folder) or end_ids(tokenizer)), tokenizer.im_end} - {None}
+
+
+def end_at_answers(folder, tokenizer):
+    """Have a folder's eos end answers too: a base model's, which it may be a copy of, ends documents alone."""
+    eos, path = eos_ids(folder), Path(folder) / "generation_config.json"
+    if tokenizer.im_end not in (None, *eos):
+        other = read_json(path) if path.exists() else {}
+        write_json(path, other | {"eos_token_id": [tokenizer.im_end, *eos]})
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -2051,11 +2069,16 @@ class Chat:
         how = {field.name: getattr(options, field.name) for field in dataclasses.fields(Sampling)}
         tokens = generate_tokens(self.model, [list(ids)], options.max_new_tokens, self.stop, [self.turn],
                                  ends=ends, cache=self.cache, **how)
+        text, whole, told, held = "", "", 0, max(map(len, options.stop), default=1) - 1
         for _, token, _, _ in tokens:
             ids.append(token)
             self.read = ids[: self.cache.length]
-            if token not in self.stop:
-                yield decoder.feed(token)
+            text += "" if token in self.stop else decoder.feed(token)
+            whole = ends.cut(text) if ends else text
+            ready = max(told, len(whole) - held)  # what comes after may be the beginning of a stop text
+            yield whole[told:ready]
+            told = ready
+        yield whole[told:]
 
     def say(self, text):
         """Answer a message: print it as it comes, and remember both. Ctrl-C ends the answer only."""
@@ -2089,14 +2112,17 @@ class Chat:
 
 
 def read_message():
-    """What is typed: a line, or several between three quotation marks. EOFError at the end of input."""
+    """What is typed, and whether it is a command; several lines stand between three quotation marks.
+
+    EOFError at the end of input.
+    """
     line = input("> ").strip()
     if not line.startswith('"""'):
-        return line
+        return line, line.startswith("/")
     lines = [line[3:]]
     while not lines[-1].rstrip().endswith('"""'):
         lines.append(input("  "))
-    return "\n".join(lines).strip()[:-3].strip()
+    return "\n".join(lines).strip()[:-3].strip(), False
 
 
 @one_line_errors
@@ -2107,14 +2133,14 @@ def main(argv=None):
     chat = Chat(options, *load_folder(options.model, pick_device(options.device)))
     while True:
         try:
-            line = read_message()
+            line, command = read_message()
         except KeyboardInterrupt:
             print()
             continue
         except EOFError:
             print()
             return 0
-        if line.startswith("/"):
+        if command:
             if not chat.command(line):
                 return 0
         elif line:

@@ -23,11 +23,12 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from model import (Metrics, RewardModel, Stepper, StopSignal, accumulate, autocast, choose_dtype, fingerprint,
-                   finish_run, generate, learning_rate, load_folder, load_state, make_optimizer, open_run,
-                   parallelize, process_group, refuse_untrainable, save_folder, save_state, say)
+from model import (Metrics, RewardModel, Stepper, StopSignal, accumulate, autocast, choose_dtype,
+                   end_at_answers, fingerprint, finish_run, generate, learning_rate, load_folder, load_state,
+                   make_optimizer, open_run, parallelize, process_group, refuse_untrainable, save_folder,
+                   save_state, say, stop_ids)
 from tokenizer import (InputError, encode_chat, held_out, jsonl_files, load_scorer, one_line_errors, option,
-                       parse_options, prompt_messages, read_jsonl, write_whole)
+                       parse_options, prompt_messages, read_jsonl, reasons, write_whole)
 
 
 @dataclass(kw_only=True)
@@ -116,7 +117,7 @@ def read_prompts(files, tokenizer, options, counts):
     """All prompts that fit. Counts what is bad, held out, and too long."""
     prompts = []
     for file in files:
-        for number, record in read_jsonl(file):
+        for number, record in read_jsonl(file, counts if options.skip_bad else None):
             try:
                 messages = prompt_messages(record)
                 ids, _ = encode_chat(tokenizer, messages, generation_prompt=True)
@@ -134,7 +135,7 @@ def read_prompts(files, tokenizer, options, counts):
                 continue
             prompts.append(Prompt(record["prompt"], record.get("meta", {}), ids))
     if not prompts:
-        raise InputError(f"{' '.join(map(str, files))}: no prompt left to train on")
+        raise InputError(f"{' '.join(map(str, files))}: no prompt left to train on ({reasons(counts)})")
     return prompts
 
 
@@ -203,19 +204,27 @@ def rule_score(options, scorer, prompt, text):
 def sample_answers(options, ranks, policy, tokenizer, prompts, step, scorer):
     """An answer to each of a step's prompts, all of them on all ranks; each rank samples its share.
 
-    At temperature 1 from the whole distribution: the one whose log-probabilities training compares.
+    At temperature 1 from the whole distribution: the one whose log-probabilities training compares, up to
+    the rounding of --dtype (sampling is in fp32).
     """
     numbers = range(step * options.batch_size, (step + 1) * options.batch_size)
-    ends = {tokenizer.im_end, tokenizer.endoftext} - {None}
+    ends = stop_ids(options.model, tokenizer) | {tokenizer.endoftext}
     asked, answers = ranks.rows(prompts), []
     samples = generate(policy, [p.ids for p in asked], options.max_new_tokens, ends, temperature=1.0,
                        seed=options.seed, rows=ranks.rows(numbers))
     for prompt, sample in zip(asked, samples):
         text = tokenizer.decode(sample.ids[:-1] if sample.finished else sample.ids)
-        rule = rule_score(options, scorer, prompt, text) if scorer else 0.0
+        try:
+            rule = rule_score(options, scorer, prompt, text) if scorer else 0.0
+        except InputError as error:  # told below, by all ranks: the others must not wait for this one
+            rule = error
         finished = sample.ids[-1] == tokenizer.im_end  # <|endoftext|> is no end of an answer
         answers.append(Answer(prompt.ids + sample.ids, len(sample.ids), text, finished, rule))
-    return gather(ranks, answers)
+    answers = gather(ranks, answers)
+    for answer in answers:
+        if isinstance(answer.rule, InputError):
+            raise answer.rule
+    return answers
 
 
 @torch.no_grad()
@@ -425,9 +434,9 @@ def write_samples(file, step, prompts, answers, rollout, options):
 def open_samples(out, step):
     """FOLDER/samples.jsonl, cut back to the state's step, to be written on."""
     path = Path(out) / "samples.jsonl"
-    lines = path.read_text("utf-8").split("\n")[:-1] if path.exists() else []  # whole ones
-    kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
-    write_whole(path, "".join(kept).encode())
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # a kill may halve the last, even
+    kept = [line + b"\n" for line in lines if json.loads(line)["step"] <= step]  # within a character
+    write_whole(path, b"".join(kept))
     # half of a surrogate pair, which only JSON can spell, stays spelled so: \udXXX
     return open(path, "a", encoding="utf-8", errors="backslashreplace")
 
@@ -501,6 +510,8 @@ def train(options, ranks):
         record = load_state(state, learning)
     say(ranks, f"{len(prompts):,} prompts; left out: {counts['bad']} bad, {counts['held_out']} held "
                f"out, {counts['too_long']} too long")
+    if options.critic_warmup >= options.steps:
+        say(ranks, f"--critic-warmup {options.critic_warmup} leaves the policy none of {options.steps} steps")
 
     def context():
         return autocast(ranks.device, dtype)
@@ -535,7 +546,12 @@ def train(options, ranks):
             return 130
     metrics.close()
     return finish_run(options, ranks, run | {"left_out": counts}, record,
-                      lambda: save_folder(options.out, models.policy, tokenizer))
+                      lambda: export(options, models.policy, tokenizer))
+
+
+def export(options, model, tokenizer):
+    save_folder(options.out, model, tokenizer)
+    end_at_answers(options.out, tokenizer)
 
 
 def check_options(options, ranks):

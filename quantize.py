@@ -1,7 +1,7 @@
 """quantize.py: a model in 4 or 8 bits. Linear layers become small integers with scales; all else is bf16.
 
     python quantize.py --model run/dpo --bits 4 --out run/int4      # about a fifth of the bytes of fp32
-    python quantize.py --model run/dpo --bits 8 --out run/int8      # about a quarter
+    python quantize.py --model run/dpo --bits 8 --out run/int8      # three tenths
     python quantize.py --model run/dpo --method gptq --calibration run/island/sft.jsonl --out run/gptq
 
 Round to nearest: each weight becomes a code, the nearest multiple of its group's scale. GPTQ rounds a row
@@ -24,8 +24,8 @@ from random import Random
 import torch
 from tqdm import tqdm
 
-from model import (QuantizedLinear, add_quantized, load_folder, pack_int4, quantization_config, read_json,
-                   refuse_untrainable, save_folder, weight_of, write_json)
+from model import (QuantizedLinear, add_quantized, end_at_answers, load_folder, pack, quantization_config,
+                   read_json, refuse_untrainable, save_folder, weight_of, write_json)
 from tokenizer import (InputError, as_answer, encode_chat, jsonl_files, one_line_errors, option,
                        parse_options, prompt_messages, read_jsonl, read_tokens)
 
@@ -131,6 +131,8 @@ def calibration_texts(options, tokenizer, length):
 def record_ids(record, tokenizer):
     """The ids of a record with `text`, `messages`, or `prompt` and `completion`."""
     if isinstance(record.get("text"), str):
+        if tokenizer.endoftext is None:
+            raise InputError("this tokenizer has no token that a text begins with: calibrate on chats")
         return [tokenizer.endoftext, *tokenizer.encode(record["text"])]
     if "messages" in record:
         return encode_chat(tokenizer, record["messages"])[0]
@@ -204,12 +206,12 @@ def quantize_model(model, bits, group, where, texts=None):
     for name, weight, codes, scales in calibrated(model, layers, bits, group, texts) if texts else nearest:
         norm = weight.float().norm().item()
         errors[name] = (weight_of(codes, scales) - weight).norm().item() / norm if norm else 0.0
-        found[name] = pack_int4(codes) if bits == 4 else codes, scales
+        found[name] = pack(codes, bits), scales
     add_quantized(model, bits, group, where)
     for name, (codes, scales) in found.items():
         layer = model.get_submodule(name)
         layer.weight_scale.copy_(scales)
-        getattr(layer, "weight_packed" if bits == 4 else "weight").copy_(codes)
+        layer.weight_packed.copy_(codes)
     return errors
 
 
@@ -261,6 +263,8 @@ def main(argv=None):
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left: never under the name of --out
     try:
         write_folder(folder, model, tokenizer, options.bits, group)
+        if (Path(options.model) / "adapter_config.json").exists():  # which made a base model answer
+            end_at_answers(folder, tokenizer)
         size = {"before": weight_bytes(model.source), "after": weight_bytes(folder)}
         run = {"stage": "quantize", "options": dataclasses.asdict(options), "bytes": size,
                "relative_error": errors, "seconds": time.perf_counter() - began, "finished": True}

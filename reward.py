@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from model import (Metrics, RewardModel, Stepper, StopSignal, accumulate, autocast, choose_dtype,
                    export_best, fingerprint, finish_run, keep_best, learning_rate, load_folder, load_state,
                    make_optimizer, open_run, parallelize, process_group, save_folder, save_state, say)
-from tokenizer import (InputError, encode_answer, held_out, jsonl_files, one_line_errors, option, parse_options,
-                       read_jsonl, record_ranking, write_whole)
+from tokenizer import (InputError, encode_answer, held_out, jsonl_files, one_line_errors, option,
+                       parse_options, read_jsonl, reasons, record_ranking, write_whole)
 
 
 @dataclass(kw_only=True)
@@ -79,7 +79,7 @@ def read_rankings(files, tokenizer, options, counts):
     """All rankings as (held out?, Ranking). Counts what is bad, too long, or all tied."""
     rankings = []
     for file in files:
-        for number, record in read_jsonl(file):
+        for number, record in read_jsonl(file, counts if options.skip_bad else None):
             try:
                 prompt, answers, ranks = record_ranking(record)
                 encoded = [np.array(encode_answer(tokenizer, prompt, answer)[0]) for answer in answers]
@@ -111,7 +111,7 @@ def split_rankings(options, tokenizer, counts):
     else:
         train, valid = [r for held, r in rankings if not held], [r for held, r in rankings if held]
     if not train:
-        raise InputError(f"{' '.join(options.data)}: no ranking left to train on")
+        raise InputError(f"{' '.join(options.data)}: no ranking left to train on ({reasons(counts)})")
     if options.valid and not valid:
         raise InputError(f"{options.valid}: no ranking left to validate on")
     return train, valid or train[:1]
@@ -228,7 +228,7 @@ def score_all(model, rankings, pad, device, context, size=128):
     for batch in micro_batches(rankings, size):
         ids, last = (x.to(device) for x in collate(batch, pad))
         with context():
-            scores += answer_scores(model, ids, last).tolist() if batch else []
+            scores += answer_scores(model, ids, last).tolist()
     counts = np.cumsum([0] + [len(ranking.ids) for ranking in rankings])
     return [scores[a:b] for a, b in zip(counts, counts[1:])]
 
@@ -249,7 +249,8 @@ def calibration_error(margins, bins=10):
 def validate(model, rankings, pad, ranks, context, size):
     """({metric: value} over the validation rankings, the scores of their answers).
 
-    length_accuracy is that of a judge who prefers the longer answer: what a reward model has to beat.
+    Accuracies are means over pairs, the loss over prompts (as train_step's figures are). length_accuracy is
+    that of a judge who prefers the longer answer: what a reward model has to beat.
     """
     scores = score_all(model, rankings, pad, ranks.device, context, size or 128)
     margins, longer, loss = [], [], 0.0
@@ -267,12 +268,12 @@ def validate(model, rankings, pad, ranks, context, size):
 
 def reward_model(causal, seed):
     """A language model's decoder under a new head, N(0, 1 / (H + 1)) (Stiennon et al. 2020)."""
-    model = RewardModel(causal.config).to(causal.lm_head.weight.device)
+    with torch.device("meta"):  # its decoder is the other's
+        model = RewardModel(causal.config)
     model.model, model.source, model.stored_dtype = causal.model, causal.source, causal.stored_dtype
     generator, std = torch.Generator().manual_seed(seed), 1 / math.sqrt(causal.config.hidden_size + 1)
     head = torch.empty(model.score.weight.shape).normal_(0.0, std, generator=generator)  # (1, H)
-    with torch.no_grad():
-        model.score.weight.copy_(head)
+    model.score.weight = torch.nn.Parameter(head.to(causal.lm_head.weight.device))
     return model
 
 
@@ -311,6 +312,8 @@ def train(options, ranks):
     say(ranks, f"{len(train_set):,} prompts, {len(valid_set):,} to validate on; left out: "
                f"{counts['bad']} bad, {counts['too_long']} answers too long, {counts['no_pair']} prompts "
                "without a pair")
+    if valid_set[0] is train_set[0]:
+        say(ranks, "none of them is held out, so one is validated on that is trained on: see --valid")
     parallel = parallelize(model, ranks)
 
     def context():
@@ -354,8 +357,9 @@ def train(options, ranks):
     metrics.close()
     export_best(options, ranks, model)
     _, scores = validate(model, valid_set, pad, ranks, context, options.micro_batch)
+    held = valid_set if valid_set[0] is not train_set[0] else []  # what was trained on would look too good
     return finish_run(options, ranks, run | {"left_out": counts}, record,
-                      lambda: export(options, model, tokenizer, valid_set, scores))
+                      lambda: export(options, model, tokenizer, held, scores))
 
 
 def check_options(options, ranks):

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 
 from model import (Metrics, Stepper, StopSignal, accumulate, add_lora, add_prefix, autocast, choose_compile,
-                   choose_dtype, eos_ids, export_best, fingerprint, finish_run, keep_best, learning_rate,
-                   load_folder, load_state, make_optimizer, merge_lora, open_run, parallelize, prefix_width,
-                   process_group, read_json, reshard, save_adapter, save_folder, save_prefix, save_state, say,
-                   set_prefix, train_rows_only, unsharded, write_json)
+                   choose_dtype, end_at_answers, export_best, fingerprint, finish_run, keep_best,
+                   learning_rate, load_folder, load_state, make_optimizer, merge_lora, open_run, parallelize,
+                   prefix_width, process_group, read_json, reshard, save_adapter, save_folder, save_prefix,
+                   save_state, say, set_prefix, train_rows_only, unsharded)
 from tokenizer import (InputError, encode_chat, held_out, jsonl_files, messages_of, one_line_errors, option,
-                       parse_options, read_jsonl, read_tokens)
+                       parse_options, read_jsonl, read_tokens, reasons)
 
 
 @dataclass(kw_only=True)
@@ -112,7 +112,7 @@ def read_examples(files, tokenizer, max_length, skip_bad, counts):
     """All dialogues as (held out?, Example). Counts what is bad, cut, or too long to keep."""
     examples = []
     for file in files:
-        for number, record in read_jsonl(file):
+        for number, record in read_jsonl(file, counts if skip_bad else None):
             try:
                 messages = record_messages(record)
                 ids, trained = encode_chat(tokenizer, messages)
@@ -122,10 +122,10 @@ def read_examples(files, tokenizer, max_length, skip_bad, counts):
                     raise InputError(f"{place}: {error} (--skip-bad goes on without such lines)") from None
                 counts["bad"] += 1
                 continue
-            counts["cut"] += len(ids) > max_length
             if not any(trained[1:max_length]):
                 counts["too_long"] += 1  # the question alone fills the row
                 continue
+            counts["cut"] += len(ids) > max_length
             example = Example(np.array(ids[:max_length]), np.array(trained[:max_length]))
             examples.append((held_out(messages), example))
     return examples
@@ -141,7 +141,7 @@ def split_examples(options, tokenizer, counts):
     else:
         train, valid = [e for held, e in examples if not held], [e for held, e in examples if held]
     if not train:
-        raise InputError(f"{' '.join(options.data)}: no example left to train on")
+        raise InputError(f"{' '.join(options.data)}: no example left to train on ({reasons(counts)})")
     if options.valid and not valid:
         raise InputError(f"{options.valid}: no example left to validate on")
     return train, valid or train[:1]
@@ -316,9 +316,9 @@ def train(options, ranks):
     replay = [Path(options.replay) / "index.json"] if options.replay else []
     weights = Path(options.model).glob("*.safetensors")
     inputs = {"model": fingerprint(weights), "data": fingerprint(files + replay)}
+    new_rows = prepare_model(options, tokenizer, model, train_set)
     run, state = open_run("sft", options, ranks, inputs)
 
-    new_rows = prepare_model(options, tokenizer, model, train_set)
     dtype = choose_dtype(options, ranks, run)
     parallel = parallelize(model, ranks, options.parallel, dtype, options.offload, options.checkpointing)
     optimizer = make_optimizer(model, options.lr, options.weight_decay, betas=(0.9, 0.95))
@@ -329,10 +329,13 @@ def train(options, ranks):
     epochs = [epoch_rows(options, tokenizer, train_set, shards, epoch) for epoch in range(options.epochs)]
     size = options.batch_size
     steps = [rows[i : i + size] for rows in epochs for i in range(0, len(rows), size)]
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = sum(len(getattr(p, "rows_only", p)) * p[0].numel()
+                  for p in model.parameters() if p.requires_grad)
     say(ranks, f"{len(train_set):,} examples in {len(epochs[0]):,} rows, {len(valid_set):,} to validate on; "
                f"left out: {counts['bad']} bad, {counts['too_long']} too long; cut: {counts['cut']}; "
                f"{trained:,} trained parameters")
+    if valid_set[0] is train_set[0]:
+        say(ranks, "none of them is held out, so one is validated on that is trained on: see --valid")
 
     def context():
         return autocast(ranks.device, dtype)
@@ -392,10 +395,7 @@ def export(options, model, tokenizer, new_rows):
         save_adapter(options.out, model, options.model, options.lora, options.lora_alpha, new_rows)
     else:
         save_folder(options.out, merge_lora(model), tokenizer)
-        eos, path = eos_ids(options.out), Path(options.out) / "generation_config.json"
-        if tokenizer.im_end not in eos:  # a base model's, which ended documents alone
-            other = read_json(path) if path.exists() else {}
-            write_json(path, other | {"eos_token_id": [tokenizer.im_end, *eos]})
+        end_at_answers(options.out, tokenizer)
 
 
 def check_options(options, ranks):
@@ -409,6 +409,8 @@ def check_options(options, ranks):
         raise InputError(f"--replay-share {options.replay_share} must be below 1")
     if options.merge and not options.lora:
         raise InputError("--merge needs --lora: without an adapter there is nothing to merge")
+    if options.lora and not options.merge and (Path(options.model) / "adapter_config.json").exists():
+        raise InputError(f"{options.model} is an adapter; PEFT reads no adapter of one: add --merge")
     if (options.lora > 0) + (options.prefix > 0) + (options.freeze > 0) > 1:
         raise InputError("--lora, --prefix and --freeze each say what is trained: choose one")
     if Path(options.model).resolve() == Path(options.out).resolve():

@@ -1129,11 +1129,23 @@ def load_scorer(name):
         raise InputError(f"scorer {name}: {error!r}") from None
 
 
-def read_jsonl(path):
+def json_object(line):
+    """A line of JSON (bytes) -> the object in it; InputError for what is none."""
+    try:
+        record = json.loads(line.decode("utf-8-sig"), parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not a line of JSON ({error}); mend or remove it") from None
+    if not isinstance(record, dict):
+        raise InputError(f"expected an object, found {type(record).__name__}")
+    return record
+
+
+def read_jsonl(path, skipped=None):
     """Yield (line number, object) of a .jsonl or .jsonl.gz file; blank lines are passed over.
 
     Raises InputError naming file and line for what is not UTF-8, not JSON (NaN and Infinity are not), not an
-    object, and for a .gz file that is damaged or cut off.
+    object, and for a .gz file that is damaged or cut off. With skipped (a stage's counts, under --skip-bad)
+    such a line only adds one to skipped["bad"].
     """
     opener, number = gzip.open if str(path).endswith(".gz") else open, 0
     with opener(path, "rb") as file:
@@ -1141,14 +1153,21 @@ def read_jsonl(path):
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
-                record = json.loads(line.decode("utf-8-sig"), parse_constant=refuse_constant)
-                if not isinstance(record, dict):
-                    raise InputError(f"{path}:{number}: expected an object, found {type(record).__name__}")
-                yield number, record
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}:{number}: not a line of JSON ({error}); mend or remove it") from None
+                try:
+                    record = json_object(line)
+                except InputError as error:
+                    if skipped is None:
+                        raise InputError(f"{path}:{number}: {error}") from None
+                    skipped["bad"] += 1
+                else:
+                    yield number, record
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise InputError(f"{path}: a damaged .gz file after line {number} ({error})") from None
+
+
+def reasons(counts):
+    """{"bad": 0, "too_long": 380} -> "too long: 380": of data that nothing is left of, why."""
+    return ", ".join(f"{name.replace('_', ' ')}: {n:,}" for name, n in counts.items() if n) or "it is empty"
 
 
 def jsonl_files(paths, endings=(".jsonl", ".jsonl.gz")):

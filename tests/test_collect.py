@@ -82,7 +82,7 @@ def test_half_is_sampled_half_is_written_and_the_scorer_ranks(folder):
 def test_the_file_is_the_same_for_any_batch_and_any_number_of_ranks(folder):
     assert run("collect", *arguments(folder)) == 0
     assert run("collect", *arguments(folder, "small.jsonl", **{"batch-size": 3})) == 0
-    result = launch("collect.py", *arguments(folder, "two.jsonl"), processes=2)
+    result = launch("collect.py", *arguments(folder, "two.jsonl", **{"batch-size": 3}), processes=2)
     assert result.returncode == 0, result.stderr
     assert run("collect", *arguments(folder, "other.jsonl", seed=2)) == 0
     whole = (folder / "out.jsonl").read_bytes()

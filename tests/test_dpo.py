@@ -86,13 +86,13 @@ def test_the_answer_and_its_end_count_and_nothing_of_the_prompt(tmp_path):
 
 
 def test_a_ranking_gives_a_best_answer_and_lower_ones_and_never_a_tie():
-    answers = [dpo.Answer(np.array([n, 9]), np.array([True, True])) for n in range(5)]
+    answers = [dpo.Answer(np.array([n, 9]), np.array([True, True]), True) for n in range(5)]
     for name in map(str, range(20)):
         pairs = dpo.draw_pairs(answers, [2, 1, 1, 3, 3], 9, 1, name)
         assert [int(p.chosen.ids[0]) in (1, 2) for p in pairs] == [True] * 3
         assert sorted(int(p.rejected.ids[0]) for p in pairs) == [0, 3, 4]
     assert dpo.draw_pairs(answers[:2], [1, 1], 9, 1, "tied") == []
-    silence = dpo.Answer(np.array([9]), np.array([True]))
+    silence = dpo.Answer(np.array([8, 9]), np.array([True, True]), False)  # a space and <|im_end|>
     assert dpo.draw_pairs([silence, *answers[:2]], [1, 2, 3], 9, 1, "silence is no model") == []
 
 
@@ -152,8 +152,10 @@ def test_bad_records_are_told_with_file_and_line(tmp_path, capsys):
         file = write_jsonl(tmp_path / "bad.jsonl", [*records[:3], bad, *records[3:]])
         assert run("dpo", *dpo_arguments(tmp_path / "out", data=file)) == 2
         assert "bad.jsonl:4" in capsys.readouterr().err
+    with file.open("a") as lines:
+        lines.write('{"prompt": "H')
     assert run("dpo", *dpo_arguments(tmp_path / "out", data=file), "--skip-bad") == 0
-    assert "1 bad" in capsys.readouterr().err
+    assert "left out: 2 bad" in capsys.readouterr().err
 
 
 def test_stopped_and_resumed_is_bit_exact(tmp_path):

@@ -545,6 +545,46 @@ def test_chat_reads_only_what_it_has_not_read_and_answers_alike(monkeypatch):
     assert sum(read) < whole + 20  # read anew, the turns would add up to about twice that
 
 
+def test_a_stop_text_is_neither_shown_nor_remembered():
+    talk = m.Chat(m.Options(model=str(tiny() / "base"), max_new_tokens=30), *m.load_folder(tiny() / "base"))
+    talk.say("The cat")
+    free = talk.messages[-1]["content"]
+    for stop in (free[4:7], free[2:9], "not in it"):
+        talk.restart("")
+        talk.options.stop = [stop]
+        talk.say("The cat")
+        assert talk.messages[-1]["content"] == free.split(stop)[0]
+
+
+def test_what_is_quoted_is_no_command(monkeypatch):
+    typed = iter(["/quit", '"""/quit"""', '"""', "/quit", '"""'])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    assert [m.read_message() for _ in range(3)] == [("/quit", True), ("/quit", False), ("/quit", False)]
+
+
+def test_a_prefix_stands_right_before_every_text_whatever_the_window():
+    """Packed, and in a batch beside a longer prompt, as alone."""
+    model = make(windows=(6, None), num_hidden_layers=2)
+    m.add_prefix(model, random_ids(1, 4)[0].tolist())
+    first, second = random_ids(2, 9)
+    with torch.no_grad():
+        row, documents = torch.cat((first, second))[None], torch.arange(2).repeat_interleave(9)[None]
+        together = model(row, torch.arange(9).repeat(2)[None], documents)[0, 9:]
+        torch.testing.assert_close(together, model(second[None])[0], atol=1e-5, rtol=1e-5)
+    prompts = [first.tolist(), second.tolist() + first.tolist()]
+    assert [s.ids for s in m.generate(model, prompts, 8, [])] == [
+        m.generate(model, [p], 8, [])[0].ids for p in prompts]
+
+
+def test_rows_that_train_alone_do_so_wherever_the_model_has_gone():
+    weight = torch.nn.Parameter(torch.ones(5, 3))
+    m.train_rows_only(weight, [1, 4])
+    (weight * 2).sum().backward()
+    assert weight.grad[:, 0].tolist() == [0, 2, 0, 0, 2]
+    (hook,) = weight._backward_hooks.values()  # as after .to("cuda"), where the gradient is then
+    assert hook(torch.ones(5, 3, device="meta")).device.type == "meta"
+
+
 def test_ctrl_c_ends_an_answer_and_the_chat_goes_on(monkeypatch, capsys):
     talk = m.Chat(m.Options(model=str(tiny() / "base"), max_new_tokens=9), *m.load_folder(tiny() / "base"))
 

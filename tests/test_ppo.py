@@ -246,8 +246,8 @@ def test_stopped_and_resumed_is_bit_exact(tmp_path):
     process.send_signal(signal.SIGTERM)
     message = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "--resume" in message, message
-    with open(parts / "samples.jsonl", "a") as file:  # as if killed after the next rollout was written
-        file.write(json.dumps({"step": 12, "answer": "killed"}) + '\n{"step": 13, "ans')
+    with open(parts / "samples.jsonl", "ab") as file:  # as if killed within 猫, while a rollout was written
+        file.write(b'{"step": 12, "answer": "killed"}\n' + '{"step": 13, "answer": "猫'.encode()[:-1])
     assert run("ppo", *ppo_arguments(parts, **setting), "--resume") == 0
     assert_same_run(whole, parts)
     assert (whole / "samples.jsonl").read_bytes() == (parts / "samples.jsonl").read_bytes()
@@ -284,16 +284,18 @@ def test_prompts_that_do_not_fit_or_make_no_sense_are_counted_or_named(tmp_path,
     bad = [{"text": "Hi"}, {"prompt": []}, {"prompt": 5}, {"prompt": [{"role": "wizard", "content": "Hi"}]},
            {"prompt": [user, {"role": "assistant", "content": "Ahoy!"}]}, {"prompt": "Hi", "meta": 5}]
     file = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "Hi"}, {"prompt": "by the lake " * 60}, *bad])
+    with file.open("a") as lines:
+        lines.write('{"prompt": "H')
     options = ppo.Options(model="", data=[], out="", max_length=64, skip_bad=True)
     found = ppo.read_prompts([file], tokenizer, options, counts)
-    assert counts == {"bad": len(bad), "held_out": 0, "too_long": 1}
+    assert counts == {"bad": len(bad) + 1, "held_out": 0, "too_long": 1}
     assert [p.prompt for p in found] == ["Hi"] and found[0].meta == {}
     with pytest.raises(InputError, match="p.jsonl:3"):
         ppo.read_prompts([file], tokenizer, dataclasses.replace(options, skip_bad=False), counts)
     assert run("ppo", *ppo_arguments(tmp_path / "out", data=file, steps=1), "--skip-bad") == 0
-    assert "left out: 6 bad, 0 held out, 1 too long" in capsys.readouterr().err
+    assert "left out: 7 bad, 0 held out, 1 too long" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "run.json").read_text())["left_out"] == {
-        "bad": 6, "held_out": 0, "too_long": 1}
+        "bad": 7, "held_out": 0, "too_long": 1}
 
 
 def test_the_training_part_is_what_the_reward_model_trains_on(tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.torch import load_file, save_file
 
-from model import RewardModel, generate, load_folder, pack_int4, save_folder, unpack_int4, weight_of
+from model import RewardModel, generate, load_folder, pack, save_folder, unpack, weight_of
 from quantize import gptq, quantize
 from test_model import make, random_ids
 from tiny import dialogues, run, sft_arguments, tiny
@@ -54,18 +54,19 @@ def dequantized(codes, scales):
 
 def test_every_int4_code_survives_in_every_place_of_a_word():
     codes = torch.tensor(list(product(range(-8, 8), repeat=2)), dtype=torch.int8).repeat(1, 4)  # (256, 8)
-    packed = pack_int4(codes)
-    assert torch.equal(unpack_int4(packed), codes) and packed.shape == (256, 1)
+    packed = pack(codes, 4)
+    assert torch.equal(unpack(packed, 4), codes) and packed.shape == (256, 1)
     words = [sum(int(code + 8) << 4 * place for place, code in enumerate(row)) for row in codes.numpy()]
     assert packed[:, 0].numpy().view(np.uint32).tolist() == words
 
 
-@given(codes=arrays(np.int8, (3, 40), elements=st.integers(-8, 7)))
-def test_packing_is_that_of_compressed_tensors(codes):
+@BITS
+@given(codes=arrays(np.int8, (3, 40), elements=st.integers(-128, 127)))
+def test_packing_is_that_of_compressed_tensors(bits, codes):
     helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
-    codes = torch.from_numpy(codes)
-    assert torch.equal(pack_int4(codes), helpers.pack_to_int32(codes, 4))
-    assert torch.equal(unpack_int4(pack_int4(codes)), codes)
+    codes = torch.from_numpy(codes) >> (8 - bits)
+    assert torch.equal(pack(codes, bits), helpers.pack_to_int32(codes, bits))
+    assert torch.equal(unpack(pack(codes, bits), bits), codes)
 
 
 @BITS
@@ -129,9 +130,9 @@ def reference(folder):
     for name, tensor in plain.state_dict().items():
         layer = name.removesuffix(".weight")
         if f"{layer}.weight_scale" in stored:
-            codes = stored.get(f"{layer}.weight_packed", stored.get(name)).numpy()
-            if codes.dtype == np.int32:
-                codes = ((codes[..., None] >> np.arange(0, 32, 4)) & 15).reshape(len(codes), -1) - 8
+            bits = json.loads((folder / "run.json").read_text())["options"]["bits"]
+            words = stored[f"{layer}.weight_packed"].numpy()[..., None] >> np.arange(0, 32, bits)
+            codes = (words & 2**bits - 1).reshape(len(words), -1) - 2 ** (bits - 1)
             scales = stored[f"{layer}.weight_scale"].float().numpy()
             codes = codes.reshape(*scales.shape, -1) * scales[..., None]
             tensor.copy_(torch.from_numpy(codes.reshape(tensor.shape)))

@@ -166,13 +166,30 @@ def test_bad_records_are_told_with_file_and_line_or_counted(tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "run.json").read_text())["left_out"]["bad"] == 1
 
 
+def test_what_teaches_nothing_is_counted_and_of_nothing_left_the_reason_is_told(tmp_path, capsys):
+    asked = {"prompt": "Hi", "ranks": [1, 2]}
+    good, tied = asked | {"completions": ["a", "b"]}, {"prompt": "Hi", "completions": ["a", "b"], "ranks": [1, 1]}
+    file = write_jsonl(tmp_path / "some.jsonl", [good, tied, asked | {"completions": ["a", "by the lake " * 60]}])
+    with file.open("a") as lines:
+        lines.write('{"prompt": "H')
+    assert run("reward", *reward_arguments(tiny(), tmp_path / "out", data=file), "--skip-bad") == 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["left_out"] == {
+        "bad": 1, "too_long": 1, "no_pair": 2}
+    assert "none of them is held out" in capsys.readouterr().err
+    assert (tmp_path / "out" / "valid.jsonl").read_text() == ""
+    file = write_jsonl(tmp_path / "tied.jsonl", [tied])
+    assert run("reward", *reward_arguments(tiny(), tmp_path / "none", data=file)) == 2
+    assert "no ranking left to train on (no pair: 1)" in capsys.readouterr().err
+
+
 def test_it_learns_and_writes_what_it_held_out(tmp_path):
-    assert run("reward", *reward_arguments(tiny(), tmp_path, epochs=6, lr=2e-3)) == 0
-    accuracy = [x for x, in metrics(tmp_path, "accuracy") if x is not None]
+    out, valid = tmp_path / "out", write_jsonl(tmp_path / "held_out.jsonl", preferences(8, "valid"))
+    assert run("reward", *reward_arguments(tiny(), out, valid=valid, epochs=6, lr=2e-3)) == 0
+    accuracy = [x for x, in metrics(out, "accuracy") if x is not None]
     assert np.mean(accuracy[-4:]) > 0.8 > np.mean(accuracy[:2])
-    lines = [json.loads(line) for line in (tmp_path / "valid.jsonl").read_text("utf-8").splitlines()]
+    lines = [json.loads(line) for line in (out / "valid.jsonl").read_text("utf-8").splitlines()]
     assert lines and all(len(r["scores"]) == len(r["ranks"]) == len(r["completions"]) for r in lines)
-    model, tokenizer = load_folder(tmp_path, kind=RewardModel)
+    model, tokenizer = load_folder(out, kind=RewardModel)
     for record in lines:
         ids = [encode_chat(tokenizer, record["prompt"] + [{"role": "assistant", "content": c}])[0]
                for c in record["completions"]]

@@ -13,7 +13,7 @@ from hypothesis import given, strategies as st
 from safetensors.torch import load_file
 
 import sft
-from model import Ranks, autocast, generate, load_folder, newest_state, stop_ids
+from model import Ranks, autocast, end_ids, eos_ids, generate, load_folder, newest_state, stop_ids
 from test_pretrain import assert_same_run, metrics
 from tiny import ROOT, command_line, dialogues, environment, launch, run, sft_arguments, tiny, write_jsonl
 from tokenizer import InputError, Tokenizer, encode_chat
@@ -114,7 +114,7 @@ def test_too_long_dialogues_are_cut_and_counted_and_a_question_without_room_is_l
                                                  {"prompt": "Hi", "completion": "Ahoy!"}])
     counts = {"bad": 0, "cut": 0, "too_long": 0}
     found = sft.read_examples([file], tokenizer(), 64, False, counts)
-    assert len(found) == 2 and counts == {"bad": 0, "cut": 2, "too_long": 1}
+    assert len(found) == 2 and counts == {"bad": 0, "cut": 1, "too_long": 1}
 
 
 def test_chat_tokens_are_made_anew_in_chatml_only():
@@ -135,9 +135,11 @@ def test_bad_lines_stop_the_run_with_file_and_line_or_are_counted(tmp_path, caps
     arguments = sft_arguments(tiny(), tmp_path / "out", data=file, epochs=1)
     assert run("sft", *arguments) == 2
     assert "bad.jsonl:7" in capsys.readouterr().err
+    with file.open("a") as lines:
+        lines.write('{"messages": [')
     assert run("sft", *arguments, "--skip-bad") == 0
-    assert "1 bad" in capsys.readouterr().err
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["left_out"]["bad"] == 1
+    assert "2 bad" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["left_out"]["bad"] == 2
 
 
 def test_stopped_and_resumed_is_bit_exact(tmp_path):
@@ -273,6 +275,23 @@ def test_a_prefix_gives_the_same_logits_here_and_in_peft(chats, tmp_path, capsys
     assert losses[-1] < losses[0]
     further = sft_arguments(tiny(), tmp_path / "more", model=tmp_path / "prefix", **{"max-length": 48})[2:]
     assert run("sft", *further) == 2 and "with a trained prefix" in capsys.readouterr().err  # it would be lost
+
+
+def test_an_adapter_of_an_adapter_is_merged_or_refused_and_ends_answers(tmp_path, capsys):
+    """PEFT would put the second in the first one's place; and a base model's eos ends documents alone."""
+    assert run("sft", *sft_arguments(tiny(), tmp_path / "lora", lora=2)) == 0
+    assert "1,920 trained parameters" in capsys.readouterr().err  # the adapter's, and two rows of 32
+    line = ["quantize", "--model", tmp_path / "lora", "--group", 8, "--out", tmp_path / "int4"]
+    assert run(*line) == 0 and end_ids(Tokenizer.load(tmp_path / "int4"))[0] in eos_ids(tmp_path / "int4")
+    further = sft_arguments(tiny(), tmp_path / "more", model=tmp_path / "lora", lora=2)[2:]
+    assert run("sft", *further) == 2 and "--merge" in capsys.readouterr().err
+    assert run("sft", *further, "--merge") == 0
+
+
+def test_a_refused_command_leaves_nothing_that_the_mended_one_trips_over(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("sft", *sft_arguments(tiny(), out, **{"prefix": 2, "max-length": 48})) == 2
+    assert "never seen a chat" in capsys.readouterr().err and run("sft", *sft_arguments(tiny(), out, lora=2)) == 0
 
 
 def test_frozen_blocks_and_embeddings_stay_but_for_new_chat_tokens(tmp_path):
