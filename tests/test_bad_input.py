@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from model import newest_state
-from tiny import ROOT, SHAPE, dialogues, documents, run, sft_arguments, tiny, write_jsonl
+from tiny import ROOT, SHAPE, dialogues, documents, preferences, run, sft_arguments, tiny, write_jsonl
 
 torch.set_num_threads(1)
 GOOD = {
@@ -24,6 +24,13 @@ GOOD = {
     "pretrain.py": "--tokenizer tokenizer --data tokens --out out --steps 2 --batch-size 2 "
                    + " ".join(SHAPE),
     "sft.py": "--model base --data sft.jsonl --out out --epochs 1 --max-length 64 --no-compile --device cpu",
+    "collect.py": "--model base --data prompts.jsonl --scorer letters.py:score --k 2 --max-new-tokens 4 "
+                  "--device cpu --out out/preferences.jsonl",
+    "reward.py": "--model base --data preferences.jsonl --out out --max-length 64 --device cpu",
+    "ppo.py": "--model base --rules letters.py:score --data prompts.jsonl --out out --steps 1 --batch-size 4 "
+              "--minibatch 4 --max-length 32 --max-new-tokens 8 --critic-warmup 0 --device cpu",
+    "dpo.py": "--model base --data preferences.jsonl --out out --max-length 64 --device cpu",
+    "quantize.py": "--model base --bits 4 --group 8 --out out",
     "evaluate.py": "--model base --data tokens --prompts prompts.jsonl --max-new-tokens 8 --device cpu "
                    "--out out/report.html",
     "model.py": "--model base --device cpu",
@@ -177,6 +184,54 @@ evaluate.py         | --summary missing                   | missing
 evaluate.py         | --batch-size 0                      | --batch-size
 evaluate.py         | --dtype fp8                         | --dtype fp8
 model.py            | --model missing                     | missing: no such folder
+collect.py          | --model corpus                      | corpus: not a model folder
+collect.py          | --data missing                      | missing: not found
+collect.py          | --data broken.jsonl                 | broken.jsonl:3
+collect.py          | --data nothing.jsonl                | nothing.jsonl: no prompt
+collect.py          | --data wizard.jsonl                 | wizard.jsonl:1 wizard
+collect.py          | --written broken.jsonl              | broken.jsonl:1
+collect.py          | --scorer scorer.py:score            | scorer ZeroDivisionError
+collect.py          | --scorer letters.py:none            | letters.py none
+collect.py          | --key silver                        | silver
+collect.py          | --k 1                               | --k
+collect.py          | --out prompts.jsonl                 | prompts.jsonl --overwrite
+collect.py          | --out base                          | base folder
+reward.py           | --model corpus                      | corpus: not a model folder
+reward.py           | --model adapter-lost                | adapter-lost nowhere
+reward.py           | --data missing                      | missing: not found
+reward.py           | --data preferences-broken.jsonl     | preferences-broken.jsonl:31
+reward.py           | --data prompts.jsonl                | prompts.jsonl:1
+reward.py           | --data nothing.jsonl                | nothing.jsonl: no ranking
+reward.py           | --valid nothing.jsonl               | nothing.jsonl: no ranking
+reward.py           | --max-length 600                    | --max-length 600
+reward.py           | --out base                          | base --out
+reward.py           | --out corpus --overwrite            | corpus not a run's folder
+ppo.py              | --model corpus                      | corpus: not a model folder
+ppo.py              | --reward base                       | base
+ppo.py              | --data missing                      | missing: not found
+ppo.py              | --data broken.jsonl                 | broken.jsonl:3
+ppo.py              | --data nothing.jsonl                | nothing.jsonl: no prompt
+ppo.py              | --rules letters.py:none             | letters.py none
+ppo.py              | --minibatch 3                       | --batch-size 4 minibatches 3
+ppo.py              | --top-k 5                           | --top-k temperature
+ppo.py              | --max-new-tokens 64                 | --max-new-tokens
+ppo.py              | --out base                          | base --out
+dpo.py              | --model corpus                      | corpus: not a model folder
+dpo.py              | --data missing                      | missing: not found
+dpo.py              | --data preferences-broken.jsonl     | preferences-broken.jsonl:31
+dpo.py              | --data prompts.jsonl                | prompts.jsonl:1
+dpo.py              | --data nothing.jsonl                | nothing.jsonl: no pair
+dpo.py              | --max-length 600                    | --max-length 600
+dpo.py              | --offload                           | --offload --parallel
+dpo.py              | --out base                          | base --out
+quantize.py         | --model corpus                      | corpus: not a model folder
+quantize.py         | --model base-cut                    | base-cut/model.safetensors: damaged
+quantize.py         | --bits 5                            | --bits
+quantize.py         | --group 5                           | groups of 5
+quantize.py         | --method gptq                       | --calibration
+quantize.py         | --method gptq --calibration missing | missing: not found
+quantize.py         | --out base                          | base --out
+quantize.py         | --out sft                           | sft --out
 model.py            | --model corpus                      | corpus: not a model folder
 model.py            | --model base-cut                    | base-cut/model.safetensors: damaged
 model.py            | --model garbled                     | garbled/tokenizer.json
@@ -203,6 +258,7 @@ def world(tmp_path_factory):
     write_jsonl(folder / "texts.jsonl", documents(40, "texts"))
     write_jsonl(folder / "sft.jsonl", dialogues(30, "bad"))
     write_jsonl(folder / "prompts.jsonl", [{"prompt": "Where does the cat sleep?"}])
+    write_jsonl(folder / "preferences.jsonl", preferences(30, "bad"))
     assert run("prepare", "--input", folder / "texts.jsonl", "--mix", "none", "--out",
                folder / "prepared") == 0
     for source, name in (("tokenizer", "other"), ("tokens", "tokens-other")):
@@ -237,6 +293,10 @@ def spoil_lines(folder):
     (folder / "cut.jsonl.gz").write_bytes(bytes.fromhex("1f8b0800000000000003ab562a49ad28"))
     (folder / "split" / "train").mkdir(parents=True)
     shutil.copy(folder / "broken.jsonl", folder / "split" / "train")
+    write_jsonl(folder / "preferences-broken.jsonl", preferences(30, "bad"))
+    with open(folder / "preferences-broken.jsonl", "a") as file:
+        file.write('{"prompt": "H')
+    (folder / "letters.py").write_text("def score(prompt, answer, meta):\n    return {'gold': len(answer)}\n")
     (folder / "scorer.py").write_text("def score(prompt, answer, meta):\n    return {'gold': 1 / 0}\n")
     (folder / "reported.html").touch()
     (folder / "islanded").mkdir()
