@@ -255,6 +255,18 @@ def test_stopped_and_resumed_is_bit_exact(tmp_path):
     assert metrics(whole, *names) == metrics(parts, *names)
 
 
+def test_rules_that_fail_are_told_by_all_ranks_once_they_have_met(tmp_path, capsys):
+    """Or those whose own answers were fine would wait for the one that left."""
+    prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "Hi", "meta": {"n": 1}}, {"prompt": "Ahoy!"}])
+    arguments = ppo_arguments(tmp_path / "out", data=prompts, reward="", rules=rules(tmp_path, "1 / len(meta)"),
+                              **{"steps": 1, "batch-size": 2, "minibatch": 2, "critic-warmup": 0})
+    assert run("ppo", *arguments) == 2
+    assert "--rules" in capsys.readouterr().err.splitlines()[-1]
+    result = launch("ppo.py", *arguments, "--overwrite", processes=2)
+    own = [line for line in result.stderr.splitlines() if line.startswith("ppo.py: --rules")]
+    assert result.returncode and own and "Connection closed" not in result.stderr
+
+
 def test_rules_alone_are_learnt_and_a_price_on_kl_keeps_the_policy_near(tmp_path):
     setting = {"reward": "", "rules": rules(tmp_path), "steps": 30, "batch-size": 16, "minibatch": 8,
                "critic-warmup": 2, "missing-end-penalty": 0, "lr": 2e-3}
