@@ -224,7 +224,7 @@ def collect(options, ranks):
     counts = dict.fromkeys(("prompts", "bad", "held_out", "too_long", "cut", "one_answer", "duplicates",
                             "all_tied", "silent"), 0)
     items = read_items(options, tokenizer, room, counts)
-    score_answers(items[0], [""], score, options.key)  # one that fails is told before the sampling
+    score_answers(items[0], ["Yes."], score, options.key)  # one that fails is told before the sampling
     stop = stop_ids(options.model, tokenizer) | {tokenizer.endoftext}
     sampling = time.monotonic()
     sampled = sample_answers(model, tokenizer, items, stop, options, ranks)

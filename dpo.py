@@ -21,9 +21,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import (Metrics, Ranks, Stepper, StopSignal, accumulate, autocast, choose_dtype,
-                   end_at_answers, export_best, fingerprint, finish_run, keep_best, learning_rate,
-                   load_folder, load_state, make_optimizer, open_run, parallelize, process_group, reshard, save_folder,
+from model import (Metrics, Ranks, Stepper, StopSignal, accumulate, autocast, choose_dtype, export_best,
+                   fingerprint, finish_run, keep_best, learning_rate, load_folder, load_state,
+                   make_optimizer, open_run, parallelize, process_group, reshard, save_chat_folder,
                    save_state, say, unsharded)
 from tokenizer import (InputError, encode_answer, held_out, jsonl_files, name_of, one_line_errors, option,
                        parse_options, read_jsonl, reasons, record_ranking)
@@ -113,10 +113,8 @@ def read_pairs(files, tokenizer, options, counts):
         for number, record in read_jsonl(file, counts if options.skip_bad else None):
             try:
                 prompt, answers, ranks = record_ranking(record)
-                encoded = [encode_answer(tokenizer, prompt, answer) for answer in answers]
-                spoken = [bool(answer[-1]["content"].strip()) for answer in answers]
-                answers = [Answer(np.array(ids), np.array(trained), words)
-                           for (ids, trained), words in zip(encoded, spoken)]
+                answers = [Answer(*map(np.array, encode_answer(tokenizer, prompt, answer)),
+                                  spoken=bool(answer[-1]["content"].strip())) for answer in answers]
             except InputError as error:
                 if not options.skip_bad:
                     place = f"{file}:{number}"
@@ -364,12 +362,7 @@ def train(options, ranks):
     export_best(options, ranks, model)
     plain = unsharded(model, ranks)
     return finish_run(options, ranks, run | {"left_out": counts}, record,
-                      lambda: export(options, plain, tokenizer))
-
-
-def export(options, model, tokenizer):
-    save_folder(options.out, model, tokenizer)
-    end_at_answers(options.out, tokenizer)
+                      lambda: save_chat_folder(options.out, plain, tokenizer))
 
 
 def check_options(options, ranks):

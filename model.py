@@ -1397,6 +1397,12 @@ def end_at_answers(folder, tokenizer):
         write_json(path, other | {"eos_token_id": [tokenizer.im_end, *eos]})
 
 
+def save_chat_folder(folder, model, tokenizer):
+    """`save_folder` of a model that answers."""
+    save_folder(folder, model, tokenizer)
+    end_at_answers(folder, tokenizer)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # What every run needs: ranks, precision, schedule, optimizer, state, metrics, signals
 

@@ -24,9 +24,9 @@ import torch
 import torch.nn as nn
 
 from model import (Metrics, RewardModel, Stepper, StopSignal, accumulate, autocast, choose_dtype,
-                   end_at_answers, fingerprint, finish_run, generate, learning_rate, load_folder, load_state,
-                   make_optimizer, open_run, parallelize, process_group, refuse_untrainable, save_folder,
-                   save_state, say, stop_ids)
+                   fingerprint, finish_run, generate, learning_rate, load_folder, load_state,
+                   make_optimizer, open_run, parallelize, process_group, refuse_untrainable,
+                   save_chat_folder, save_state, say, stop_ids)
 from tokenizer import (InputError, encode_chat, held_out, jsonl_files, load_scorer, one_line_errors, option,
                        parse_options, prompt_messages, read_jsonl, reasons, write_whole)
 
@@ -201,14 +201,13 @@ def rule_score(options, scorer, prompt, text):
     return value
 
 
-def sample_answers(options, ranks, policy, tokenizer, prompts, step, scorer):
+def sample_answers(options, ranks, policy, tokenizer, ends, prompts, step, scorer):
     """An answer to each of a step's prompts, all of them on all ranks; each rank samples its share.
 
     At temperature 1 from the whole distribution: the one whose log-probabilities training compares, up to
     the rounding of --dtype (sampling is in fp32).
     """
     numbers = range(step * options.batch_size, (step + 1) * options.batch_size)
-    ends = stop_ids(options.model, tokenizer) | {tokenizer.endoftext}
     asked, answers = ranks.rows(prompts), []
     samples = generate(policy, [p.ids for p in asked], options.max_new_tokens, ends, temperature=1.0,
                        seed=options.seed, rows=ranks.rows(numbers))
@@ -500,6 +499,7 @@ def train(options, ranks):
     counts, files = {"bad": 0, "held_out": 0, "too_long": 0}, jsonl_files(options.data)
     *loaded, tokenizer = load_models(options, ranks)
     prompts = read_prompts(files, tokenizer, options, counts)
+    ends = stop_ids(options.model, tokenizer) | {tokenizer.endoftext}
     run, state = open_run("ppo", options, ranks, run_inputs(options, files))
     dtype, pad = choose_dtype(options, ranks, run), tokenizer.pad or 0
     models = prepare_models(options, ranks, dtype, *loaded)
@@ -522,7 +522,7 @@ def train(options, ranks):
     for step in range(done, options.steps):
         step_began = time.monotonic()
         asked = step_prompts(options, prompts, step)
-        answers = sample_answers(options, ranks, models.policy, tokenizer, asked, step, scorer)
+        answers = sample_answers(options, ranks, models.policy, tokenizer, ends, asked, step, scorer)
         rollout = measure(options, ranks, models, answers, step, pad, context)
         if step == 0 and models.reward:
             std = rollout["scores"].std(correction=0).item()
@@ -546,12 +546,7 @@ def train(options, ranks):
             return 130
     metrics.close()
     return finish_run(options, ranks, run | {"left_out": counts}, record,
-                      lambda: export(options, models.policy, tokenizer))
-
-
-def export(options, model, tokenizer):
-    save_folder(options.out, model, tokenizer)
-    end_at_answers(options.out, tokenizer)
+                      lambda: save_chat_folder(options.out, models.policy, tokenizer))
 
 
 def check_options(options, ranks):

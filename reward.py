@@ -312,7 +312,8 @@ def train(options, ranks):
     say(ranks, f"{len(train_set):,} prompts, {len(valid_set):,} to validate on; left out: "
                f"{counts['bad']} bad, {counts['too_long']} answers too long, {counts['no_pair']} prompts "
                "without a pair")
-    if valid_set[0] is train_set[0]:
+    held = valid_set[0] is not train_set[0]
+    if not held:
         say(ranks, "none of them is held out, so one is validated on that is trained on: see --valid")
     parallel = parallelize(model, ranks)
 
@@ -357,9 +358,9 @@ def train(options, ranks):
     metrics.close()
     export_best(options, ranks, model)
     _, scores = validate(model, valid_set, pad, ranks, context, options.micro_batch)
-    held = valid_set if valid_set[0] is not train_set[0] else []  # what was trained on would look too good
+    judged = valid_set if held else []  # what was trained on would look too good
     return finish_run(options, ranks, run | {"left_out": counts}, record,
-                      lambda: export(options, model, tokenizer, held, scores))
+                      lambda: export(options, model, tokenizer, judged, scores))
 
 
 def check_options(options, ranks):

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from model import (Metrics, Stepper, StopSignal, accumulate, add_lora, add_prefix, autocast, choose_compile,
-                   choose_dtype, end_at_answers, export_best, fingerprint, finish_run, keep_best,
-                   learning_rate, load_folder, load_state, make_optimizer, merge_lora, open_run, parallelize,
-                   prefix_width, process_group, read_json, reshard, save_adapter, save_folder, save_prefix,
+                   choose_dtype, export_best, fingerprint, finish_run, keep_best, learning_rate,
+                   load_folder, load_state, make_optimizer, merge_lora, open_run, parallelize, prefix_width,
+                   process_group, read_json, reshard, save_adapter, save_chat_folder, save_prefix,
                    save_state, say, set_prefix, train_rows_only, unsharded)
 from tokenizer import (InputError, encode_chat, held_out, jsonl_files, messages_of, one_line_errors, option,
                        parse_options, read_jsonl, read_tokens, reasons)
@@ -394,8 +394,7 @@ def export(options, model, tokenizer, new_rows):
     elif options.lora and not options.merge:
         save_adapter(options.out, model, options.model, options.lora, options.lora_alpha, new_rows)
     else:
-        save_folder(options.out, merge_lora(model), tokenizer)
-        end_at_answers(options.out, tokenizer)
+        save_chat_folder(options.out, merge_lora(model), tokenizer)
 
 
 def check_options(options, ranks):
