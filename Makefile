@@ -35,7 +35,7 @@ COLLECT_default  = --k 6
 REWARD_default   = --epochs 2 --batch-size 32 --micro-batch 48 --lr 5e-4
 PPO_default      = --steps 80 --batch-size 64 --kl 0.05 --lr 1e-4
 HACKING_default  = --steps 100 --batch-size 64 --kl 0 --lr 2e-4
-DPO_default      = --epochs 1 --batch-size 32 --lr 2e-4 --beta 0.3
+DPO_default      = --epochs 1 --batch-size 32 --micro-batch 32 --lr 2e-4 --beta 0.3
 EVALUATE_default =
 
 VOCAB_tiny       = 2048

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import (Metrics, Ranks, Stepper, StopSignal, accumulate, autocast, choose_dtype, export_best,
-                   fingerprint, finish_run, keep_best, learning_rate, load_folder, load_state,
-                   make_optimizer, open_run, parallelize, process_group, reshard, save_chat_folder,
-                   save_state, say, unsharded)
+from model import (Metrics, Ranks, Stepper, StopSignal, accumulate, autocast, branches, choose_dtype,
+                   export_best, fingerprint, finish_run, keep_best, learning_rate, load_folder, load_state,
+                   make_optimizer, open_run, pad_rows, parallelize, process_group, reshard,
+                   save_chat_folder, save_state, say, unsharded)
 from tokenizer import (InputError, encode_answer, held_out, jsonl_files, name_of, one_line_errors, option,
                        parse_options, read_jsonl, reasons, record_ranking)
 
@@ -146,21 +146,22 @@ def split_pairs(options, tokenizer, counts):
 
 
 def collate(pairs, pad):
-    """P pairs -> ids, targets, each (2 P, T): first the chosen answers, then the rejected ones.
+    """Pairs, one a row -> ids, positions, documents, targets (P, T). No pair (None) is a row of padding.
 
-    A target is a token's next one where that is trained, else -1. Padding is on the right, where causal
-    attention of what is before does not see it; T is a multiple of 16. No pair (None) is a row of padding.
+    A row is the prompt but for its last token, which both answers begin with, since what follows it differs:
+    then document 1 with the chosen answer and document 2 with the rejected one, see `branches`. A target is a
+    token's next one where that is trained, else -1.
     """
-    answers = [p and p.chosen for p in pairs] + [p and p.rejected for p in pairs]
-    longest = max(len(a.ids) if a else 1 for a in answers)
-    shape = (len(answers), -(-longest // 16) * 16)
-    ids, targets = np.full(shape, pad, np.int64), np.full(shape, -1, np.int64)
-    for b, answer in enumerate(answers):
-        if answer:
-            n = len(answer.ids)
-            ids[b, :n] = answer.ids
-            targets[b, : n - 1] = np.where(answer.trained[1:], answer.ids[1:], -1)
-    return torch.from_numpy(ids), torch.from_numpy(targets)
+    rows = []
+    for pair in pairs:
+        if pair is None:
+            rows.append([np.array([pad]), np.array([0]), np.array([0]), np.array([-1])])
+            continue
+        answers, head = (pair.chosen, pair.rejected), int(np.argmax(pair.chosen.trained)) - 1
+        targets = [np.append(np.where(a.trained, a.ids, -1)[head + 1 :], -1) for a in answers]
+        row = branches([a.ids for a in answers], head)
+        rows.append([*row, np.concatenate([np.full(head, -1), *targets])])
+    return pad_rows(rows, (pad, 0, 0, -1))
 
 
 def epoch_steps(options, count, epoch):
@@ -170,11 +171,13 @@ def epoch_steps(options, count, epoch):
 
 
 def step_batches(options, pairs, numbers, pad, ranks):
-    """This rank's micro-batches of a step: (numbers of its pairs (P,), ids (2 P, T), targets (2 P, T)).
+    """This rank's micro-batches of a step: (numbers of its pairs (P,), and what `collate` gives of them).
 
-    Where the pairs do not divide over the ranks, the number -1 fills up: a pair that counts nothing.
+    Where the pairs do not divide over the ranks, the number -1 fills up: a pair that counts nothing. Pairs of
+    like length stand together, which leaves little padding.
     """
     numbers = ranks.rows(numbers + [-1] * (-len(numbers) % ranks.world_size))
+    numbers.sort(key=lambda i: len(pairs[i].chosen.ids) + len(pairs[i].rejected.ids) if i >= 0 else 0)
     size = max(1, options.micro_batch // 2) if options.micro_batch else len(numbers)
     parts = [numbers[i : i + size] for i in range(0, len(numbers), size)]
     return [(torch.tensor(part), *collate([pairs[i] if i >= 0 else None for i in part], pad))
@@ -195,14 +198,14 @@ def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
     return -F.logsigmoid(reward_chosen - reward_rejected), reward_chosen, reward_rejected
 
 
-def answer_logprobs(model, ids, targets, context):
-    """log pi(answer | prompt) of each row, the sum over its trained tokens: (2 P, T) -> (2, P), in nats.
+def answer_logprobs(model, ids, positions, documents, targets, context):
+    """log pi(answer | prompt), the sum over an answer's tokens: (P, T) each -> (2, P), in nats.
 
     Row 0 are the chosen answers, row 1 the rejected ones; what is not trained adds 0.
     """
     with context():
-        logprobs = model(ids, targets=targets)  # (2 P, T)
-    return logprobs.sum(-1).view(2, -1)
+        logprobs = model(ids, positions, documents, targets=targets)  # (P, T)
+    return torch.stack([(logprobs * (documents == answer)).sum(-1) for answer in (1, 2)])
 
 
 def batch_loss(model, batch, references, options, ranks, context):
@@ -212,12 +215,13 @@ def batch_loss(model, batch, references, options, ranks, context):
     chosen answer's negative log-likelihood a token (Pang et al. 2024, eq. 1-2), against a chosen answer that
     gets less likely as long as the rejected one falls faster.
     """
-    numbers, ids, targets = (x.to(ranks.device) for x in batch)  # (P,), (2 P, T), (2 P, T)
+    numbers, *rows = (x.to(ranks.device) for x in batch)  # (P,), and (P, T) each
     real = (numbers >= 0).float()  # (P,)
-    chosen, rejected = answer_logprobs(model, ids, targets, context)  # (P,) each
+    chosen, rejected = answer_logprobs(model, *rows, context)  # (P,) each
     reference = references[numbers].T  # (2, P)
     preference, reward_chosen, reward_rejected = dpo_loss(chosen, rejected, *reference, options.beta)
-    length = (targets[: len(numbers)] >= 0).sum(-1).clamp(min=1)  # (P,): tokens of the chosen answer
+    *_, documents, targets = rows
+    length = ((targets >= 0) & (documents == 1)).sum(-1).clamp(min=1)  # (P,): tokens of the chosen answer
     nll = -chosen / length
     loss = preference + options.sft_weight * nll
     right = 0.5 * (1 + torch.sign(reward_chosen - reward_rejected))  # equal rewards are half right
@@ -241,7 +245,7 @@ def train_step(model, batches, references, options, ranks, context, scale):
     ranks, so each rank's share is multiplied by their number.
     """
     pairs, tokens = ranks.sum(sum((batch[0] >= 0).sum().item() for batch in batches),
-                              sum((batch[2] >= 0).sum().item() for batch in batches))
+                              sum((batch[-1] >= 0).sum().item() for batch in batches))
     totals = [0.0] * len(NAMES)
     for number, batch in enumerate(batches):
         with accumulate(model, number, batches):
@@ -260,8 +264,8 @@ def reference_logprobs(model, steps, count, ranks, context):
     """
     references = torch.zeros(count + 1, 2)
     for batches in steps:
-        for numbers, ids, targets in batches:
-            sums = answer_logprobs(model, ids.to(ranks.device), targets.to(ranks.device), context)  # (2, P)
+        for numbers, *rows in batches:
+            sums = answer_logprobs(model, *(x.to(ranks.device) for x in rows), context)  # (2, P)
             references[numbers] = sums.T.float().cpu()
     reshard(model)
     references[-1] = 0.0

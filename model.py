@@ -311,9 +311,10 @@ class Decoder(nn.Module):
 def attention_mask(T, window, documents, cache, positions):
     """(B or 1, 1, T, columns), true where a token may look: back, inside its window and document (B, T).
 
-    None where plain causal attention says it all: that has a faster path. A cache's prefix stands right
-    before every text, and positions (B or 1, T) count from its start. A column of a cache's padding sees
-    itself too: a row with nothing to look at would be NaN.
+    All of a row see its documents below 0, too: a prompt, whose answers stand behind it, each with positions
+    that go on from the prompt's. None where plain causal attention says it all: that has a faster path. A
+    cache's prefix stands right before every text, and positions (B or 1, T) count from its start. A column of
+    a cache's padding sees itself too: a row with nothing to look at would be NaN.
     """
     before, padded = (cache.prefix + cache.length, cache.padded) if cache else (0, False)
     window = window or before + T
@@ -321,11 +322,14 @@ def attention_mask(T, window, documents, cache, positions):
         return None
     key = torch.arange(before + T, device=positions.device)
     query = key[before:, None]
-    seen = ((key <= query) & (key > query - window))[None]  # (1, T, columns)
+    near = key > query - window if documents is None else True
+    seen = ((key <= query) & near)[None]  # (1, T, columns)
     if before and cache.prefix:
         seen = torch.where(key < cache.prefix, key > positions[:, :, None] - window, seen)
     if documents is not None:
-        own = documents[:, :, None] == documents[:, None, :]  # (B, T, T)
+        own = (documents[:, :, None] == documents[:, None, :]) | (documents[:, None, :] < 0)  # (B, T, T)
+        if window < before + T:
+            own = own & (positions[:, None, :] > positions[:, :, None] - window)
         seen = seen & F.pad(own, (before, 0), value=True)  # (B, T, columns)
     if padded:
         padding = (key >= cache.prefix) & (key < cache.prefix + cache.start[:, None, None])
@@ -714,6 +718,30 @@ def window_batch(tokens, indices, max_length, endoftext):
     starts = ids == endoftext  # (B, T)
     since = np.maximum.accumulate(np.where(starts, offsets[:-1], 0), axis=1)
     return ids, offsets[:-1] - since, np.cumsum(starts, axis=1), np.ascontiguousarray(targets)
+
+
+def branches(dialogues, head):
+    """Dialogues that begin with the same `head` tokens, as one row -> ids, positions, documents (3, n).
+
+    The head stands there once, as document -1, which all see; then what follows it in each dialogue, as
+    documents 1, 2, ..., whose positions go on from the head's. Each is computed as if it were alone, without
+    going through the prompt again.
+    """
+    parts = [dialogues[0][:head], *(ids[head:] for ids in dialogues)]
+    positions = [np.arange(head), *(np.arange(head, len(ids)) for ids in dialogues)]
+    documents = np.repeat([-1, *range(1, len(parts))], [len(part) for part in parts])
+    return np.stack([np.concatenate(parts), np.concatenate(positions), documents])
+
+
+def pad_rows(rows, filling):
+    """Rows, k arrays (n,) each, of any length n -> k tensors (B, T), each with its filling on the right.
+
+    T is a multiple of 16: fewer shapes.
+    """
+    T = -(-max(len(row[0]) for row in rows) // 16) * 16
+    columns = [[np.pad(x, (0, T - len(x)), constant_values=fill) for x in column]
+               for column, fill in zip(zip(*rows), filling)]
+    return [torch.from_numpy(np.stack(column)) for column in columns]  # (B, T) each
 
 
 @torch.inference_mode()

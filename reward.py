@@ -20,9 +20,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import (Metrics, RewardModel, Stepper, StopSignal, accumulate, autocast, choose_dtype,
+from model import (Metrics, RewardModel, Stepper, StopSignal, accumulate, autocast, branches, choose_dtype,
                    export_best, fingerprint, finish_run, keep_best, learning_rate, load_folder, load_state,
-                   make_optimizer, open_run, parallelize, process_group, save_folder, save_state, say)
+                   make_optimizer, open_run, pad_rows, parallelize, process_group, save_folder, save_state,
+                   say)
 from tokenizer import (InputError, encode_answer, held_out, jsonl_files, one_line_errors, option,
                        parse_options, read_jsonl, reasons, record_ranking, write_whole)
 
@@ -134,16 +135,24 @@ def pair_indices(rankings):
     return torch.tensor(better, dtype=torch.long), torch.tensor(worse, dtype=torch.long), torch.tensor(weight)
 
 
-def collate(rankings, pad):
-    """The answers of rankings, one a row -> ids (B, T), and the place of each row's last token (B,).
+def shared_head(dialogues):
+    """How many first tokens all of a prompt's dialogues have in common, fewer than any of them has."""
+    n = min(map(len, dialogues)) - 1
+    same = np.all([ids[:n] == dialogues[0][:n] for ids in dialogues], axis=0)  # (n,)
+    return int(np.argmin(np.append(same, False)))
 
-    Padding is on the right, where causal attention of what is before does not see it; T is a multiple of 16.
+
+def collate(rankings, pad):
+    """Rankings, one a row -> ids, positions, documents (B, T), and row and column of each answer's end (A,).
+
+    A row holds what the dialogues begin with once, and behind it the rest of each: see `branches`.
     """
-    rows = [ids for ranking in rankings for ids in ranking.ids] or [np.array([pad])]
-    ids = np.full((len(rows), -(-max(map(len, rows)) // 16) * 16), pad, np.int64)
-    for b, row in enumerate(rows):
-        ids[b, : len(row)] = row
-    return torch.from_numpy(ids), torch.tensor([len(row) - 1 for row in rows])
+    heads = [shared_head(ranking.ids) for ranking in rankings]
+    rows = [branches(ranking.ids, head) for ranking, head in zip(rankings, heads)]
+    ends = [(b, head + end - 1) for b, (ranking, head) in enumerate(zip(rankings, heads))
+            for end in np.cumsum([len(ids) - head for ids in ranking.ids])]
+    padded = pad_rows(rows or [np.array([[pad], [0], [0]])], (pad, 0, 0))
+    return [*padded, *torch.tensor(ends, dtype=torch.long).view(-1, 2).T]
 
 
 def epoch_steps(options, count, epoch):
@@ -169,7 +178,7 @@ def step_batches(options, rankings, numbers, ranks):
 
     Each rank has as many micro-batches as any, or DDP would wait for ever: empty ones train nothing.
     """
-    chosen = sorted((rankings[i] for i in numbers), key=lambda r: max(map(len, r.ids)))  # little padding
+    chosen = sorted((rankings[i] for i in numbers), key=lambda r: sum(map(len, r.ids)))  # little padding
     shares = [micro_batches(chosen[rank :: ranks.world_size], options.micro_batch)
               for rank in range(ranks.world_size)]
     own = shares[ranks.rank]
@@ -184,15 +193,15 @@ def reward_loss(scores, better, worse, weight):
     """-log sigmoid(r_better - r_worse): the mean of a prompt's pairs, summed over prompts.
 
     Ouyang et al. 2022, eq. 1; the probability that one answer beats another is Bradley and Terry's (1952).
-    scores (B,): one an answer. better, worse (P,): places in scores. weight (P,): 1 / pairs of the prompt. No
+    scores (A,): one an answer. better, worse (P,): places in scores. weight (P,): 1 / pairs of the prompt. No
     pair gives 0.
     """
     return (-F.logsigmoid(scores[better] - scores[worse]) * weight).sum()
 
 
-def answer_scores(model, ids, last):
-    """Scores (B,) of whole dialogues: ids (B, T), last (B,) the place of each one's last token."""
-    return model(ids).gather(1, last[:, None])[:, 0]
+def answer_scores(model, ids, positions, documents, row, column):
+    """Scores (A,) of answers, each read at its last token, of what `collate` gives."""
+    return model(ids, positions, documents)[row, column]
 
 
 def train_step(model, batches, pad, ranks, context, scale):
@@ -206,17 +215,17 @@ def train_step(model, batches, pad, ranks, context, scale):
     totals = [0.0, 0.0, 0]  # loss, pairs in the right order (by weight), tokens
     for number, batch in enumerate(batches):
         pairs = [x.to(ranks.device) for x in pair_indices(batch)]  # (P,) each
-        ids, last = (x.to(ranks.device) for x in collate(batch, pad))  # (B, T), (B,)
+        ids, positions, documents, *ends = (x.to(ranks.device) for x in collate(batch, pad))
         with accumulate(model, number, batches):
             with context():
-                scores = answer_scores(model, ids, last)  # (B,)
+                scores = answer_scores(model, ids, positions, documents, *ends)  # (A,)
             loss = reward_loss(scores, *pairs) / max(prompts, 1)
             loss = loss + 0.0 * scores.sum()  # so that a batch without a pair has a gradient: zero
             (loss * ranks.world_size * scale).backward()
         totals[0] += loss.item()
         margins = scores[pairs[0]] - scores[pairs[1]]  # (P,)
         totals[1] += ((0.5 + 0.5 * torch.sign(margins)) * pairs[2]).sum().item()  # equal scores: half right
-        totals[2] += int((last + 1).sum()) if batch else 0
+        totals[2] += int((documents != 0).sum())
     loss, right, tokens = ranks.sum(*totals)
     return {"loss": loss, "accuracy": right / max(prompts, 1)}, int(tokens)
 
@@ -226,9 +235,8 @@ def score_all(model, rankings, pad, device, context, size=128):
     """Scores of every answer of every ranking, about `size` at a time: a list of lists of floats."""
     scores = []
     for batch in micro_batches(rankings, size):
-        ids, last = (x.to(device) for x in collate(batch, pad))
         with context():
-            scores += answer_scores(model, ids, last).tolist()
+            scores += answer_scores(model, *(x.to(device) for x in collate(batch, pad))).tolist()
     counts = np.cumsum([0] + [len(ranking.ids) for ranking in rankings])
     return [scores[a:b] for a, b in zip(counts, counts[1:])]
 

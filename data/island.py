@@ -740,14 +740,17 @@ def written(world: World, prompts: list[dict]) -> list[dict]:
 
 
 def comparisons(world: World, count: int) -> list[dict]:
-    """Questions for facts, a right answer and wrong values ranked: {prompt, completions, ranks, meta}.
+    """Questions for facts; a right answer, two wrong ones, another fault: {prompt, completions, ranks, meta}.
 
-    Which value is right takes many more comparisons to learn than the prompts that a model is to answer.
+    Which value is right takes many more comparisons to learn than the prompts that a model is to answer. The
+    other fault (a refusal, a true fact off topic, ...) teaches which of two bad answers is the worse.
     """
     records = []
     for number, item in enumerate(items(world, "comparisons", {"facts": count}, "train")):
         meta, rng = item["meta"], Random(f"{world.seed} comparisons {number}")
-        answers = [reference(world, meta, meta["lang"])] + [wrong_answer(world, meta, rng) for _ in range(2)]
+        others = [text for fault, text in written_answers(item, rng) if fault not in ("good", "wrong")]
+        wrong = [wrong_answer(world, meta, rng) for _ in range(2)]
+        answers = [reference(world, meta, meta["lang"]), *wrong, rng.choice(others)]
         answers = list(dict.fromkeys(answers))
         rng.shuffle(answers)
         gold = [annotate(item["prompt"], answer, meta)["gold"] for answer in answers]

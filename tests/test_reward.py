@@ -90,22 +90,34 @@ def test_tied_answers_give_no_gradient_and_a_prompt_of_ties_does_not_weigh(tmp_p
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
-def test_the_score_is_read_at_the_last_im_end(tmp_path):
+def test_an_answer_sees_its_prompt_and_itself_and_is_scored_at_its_last_im_end(tmp_path):
     some, tokenizer = rankings(tmp_path)
-    ids, last = reward.collate(some, tokenizer.pad)
-    texts = [tokenizer.decode(row[: i + 1].tolist()) for row, i in zip(ids, last)]
+    ids, positions, documents, row, column = reward.collate(some, tokenizer.pad)
+    texts = [tokenizer.decode(ids[b, (documents[b] < 0) | (documents[b] == documents[b, t])].tolist())
+             for b, t in zip(row, column)]
     assert texts[1] == ("<|im_start|>user\n鲤鱼睡在哪里？<|im_end|>\n"
                         "<|im_start|>assistant\n睡在树林里。<|im_end|>")
-    assert all(text.endswith("<|im_end|>") for text in texts)
-    assert all((row[i + 1 :] == tokenizer.pad).all() for row, i in zip(ids, last))
-    model, ids = a_model(), torch.nn.functional.pad(ids, (0, 16), value=tokenizer.pad)
-    rows = torch.arange(len(ids))
-    after, before = ids.clone(), ids.clone()
-    after[rows, last + 1] = before[rows, last - 1] = 7
+    assert texts == [tokenizer.decode(dialogue) for ranking in some for dialogue in ranking.ids]
+    assert (ids[row, column] == tokenizer.im_end).all() and (ids[documents == 0] == tokenizer.pad).all()
+    model, without = a_model(), ids.clone()
+    without[row, column] = tokenizer.pad
     with torch.no_grad():
-        scores, same, other = (reward.answer_scores(model, x, last) for x in (ids, after, before))
-    torch.testing.assert_close(same, scores)
+        scores, other = (reward.answer_scores(model, x, positions, documents, row, column)
+                         for x in (ids, without))
     assert ((other - scores).abs() > 1e-4).all()
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_answers_behind_one_prompt_are_scored_as_if_each_were_alone(tmp_path, window):
+    some, tokenizer = rankings(tmp_path)
+    some.append(reward.Ranking([np.array([5, 6, 7]), np.array([5, 6]), np.array([5, 6, 7, 8])], [1, 2, 3], {}))
+    some.append(reward.Ranking([np.array([5, 6, 7]), np.array([6, 6])], [1, 2], {}))  # nothing in common
+    model = a_model()
+    model.model.windows = [window] * len(model.model.layers)
+    with torch.no_grad():
+        together = reward.answer_scores(model, *reward.collate(some, tokenizer.pad))
+        alone = [model(torch.tensor(ids)[None])[0, -1] for ranking in some for ids in ranking.ids]
+    torch.testing.assert_close(together, torch.stack(alone), atol=1e-5, rtol=1e-5)
 
 
 def test_padding_and_the_split_into_micro_batches_change_nothing(tmp_path):
@@ -204,12 +216,14 @@ def test_transformers_gives_equal_scores(tmp_path):
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward").eval()
     model, tokenizer = load_folder(tmp_path / "reward", kind=RewardModel)
     some, _ = rankings(tmp_path)
-    ids, last = reward.collate(some, tokenizer.pad)
+    dialogues = [torch.tensor(ids) for ranking in some for ids in ranking.ids]
+    ids = torch.nn.utils.rnn.pad_sequence(dialogues, batch_first=True, padding_value=tokenizer.pad)
+    length = torch.tensor([len(dialogue) for dialogue in dialogues])
+    mask = (torch.arange(ids.shape[1]) < length[:, None]).long()
     with torch.no_grad():
-        own = reward.answer_scores(model, ids, last)
-        mask = (torch.arange(ids.shape[1]) <= last[:, None]).long()
+        own = reward.answer_scores(model, *reward.collate(some, tokenizer.pad))
         torch.testing.assert_close(theirs(ids, attention_mask=mask).logits[:, 0], own, atol=1e-4, rtol=1e-4)
-        alone = torch.stack([theirs(row[None, : i + 1]).logits[0, 0] for row, i in zip(ids, last)])
+        alone = torch.stack([theirs(dialogue[None]).logits[0, 0] for dialogue in dialogues])
     torch.testing.assert_close(alone, own, atol=1e-4, rtol=1e-4)
 
 
