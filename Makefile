@@ -28,6 +28,7 @@ PYTHON = python3
 
 VOCAB_default    = 3072
 ISLAND_default   = --scale 1
+PREPARE_default  = --mix web=75 papers=15 code=10
 PRETRAIN_default = --hidden-size 256 --num-hidden-layers 4 --num-attention-heads 4 --num-key-value-heads 4 \
                    --intermediate-size 704 --max-length 256 --batch-size 16 --steps 1100 --lr 3e-3
 SFT_default      = --max-length 256 --batch-size 16 --epochs 4 --lr 1e-3 --replay $(RUN)/tokens
@@ -40,6 +41,7 @@ EVALUATE_default =
 
 VOCAB_tiny       = 2048
 ISLAND_tiny      = --scale 0.1
+PREPARE_tiny     = $(PREPARE_default)
 PRETRAIN_tiny    = --hidden-size 128 --num-hidden-layers 2 --num-attention-heads 2 --num-key-value-heads 2 \
                    --intermediate-size 352 --max-length 128 --batch-size 16 --steps 60 --lr 3e-3
 SFT_tiny         = --max-length 128 --batch-size 16 --epochs 1 --lr 3e-4
@@ -51,6 +53,7 @@ DPO_tiny         = --epochs 1 --batch-size 32 --lr 1e-4 --max-length 128
 EVALUATE_tiny    = --limit 20
 
 VOCAB_data       = 8192
+PREPARE_data     =
 PRETRAIN_data    = --hidden-size 256 --num-hidden-layers 4 --num-attention-heads 4 --num-key-value-heads 4 \
                    --intermediate-size 704 --max-length 256 --batch-size 16 --steps 1500 --lr 3e-3
 SFT_data         = --max-length 256 --batch-size 16 --epochs 1 --lr 5e-4
@@ -63,6 +66,7 @@ EVALUATE_data    =
 
 VOCAB    = $(VOCAB_$(PRESET))
 ISLAND   = $(ISLAND_$(PRESET))
+PREPARE  = $(PREPARE_$(PRESET))
 PRETRAIN = $(PRETRAIN_$(PRESET))
 SFT      = $(SFT_$(PRESET))
 COLLECT  = $(COLLECT_$(PRESET))
@@ -71,6 +75,13 @@ PPO      = $(PPO_$(PRESET))
 HACKING  = $(HACKING_$(PRESET))
 DPO      = $(DPO_$(PRESET))
 EVALUATE = $(EVALUATE_$(PRESET))
+
+ifeq ($(VOCAB),)
+$(error PRESET=$(PRESET): expected default or tiny)
+endif
+ifeq ($(PRESET)$(DATA),data)
+$(error PRESET=data goes with DATA=folder)
+endif
 
 # ---------------------------------------------------------------------------------------------------------
 # Where things are. `folder` names the artifacts' folder for a seed, so that worlds never mix.
@@ -112,7 +123,7 @@ TEXT_IN    = $(RUN)/.options/data-pretrain
 CHATS_IN   = $(if $(CHATS),$(RUN)/.options/data-sft)
 ASKED_IN   = $(if $(ASKED),$(RUN)/.options/data-preference)
 PROMPT_IN  = $(if $(PROMPTS),$(RUN)/.options/data-prompts)
-COLLECTED  = $(if $(SCORER),$(if $(ASKED),preferences.jsonl))
+COLLECTED  = $(if $(SCORER),$(if $(CHATS),$(if $(ASKED),preferences.jsonl)))
 ifeq ($(wildcard $(TEXT)),)
 $(error no folder $(TEXT): there is no text to begin with)
 endif
@@ -127,7 +138,7 @@ RANKED_TEST = $(if $(filter preferences_test.jsonl,$(COLLECTED)),--ranked $(RUN)
 
 # A stage's whole command: it is kept in $(RUN)/.options, so that a changed option is seen.
 island    = data/island.py --out $(RUN)/island --seed $(SEED) $(ISLAND)
-prepare   = prepare.py --input $(TEXT) --out $(RUN)/corpus --seed $(SEED)
+prepare   = prepare.py --input $(TEXT) --out $(RUN)/corpus --seed $(SEED) $(PREPARE)
 tokenizer = tokenizer.py train --input $(RUN)/corpus/train --vocab-size $(VOCAB) --out $(RUN)/tokenizer
 tokens    = tokenizer.py encode --tokenizer $(RUN)/tokenizer --input $(RUN)/corpus --out $(RUN)/tokens
 base      = pretrain.py --tokenizer $(RUN)/tokenizer --data $(RUN)/tokens --out $(RUN)/base --seed $(SEED) \
@@ -258,13 +269,21 @@ $(RUN)/.options/data-%: FORCE
 # ---------------------------------------------------------------------------------------------------------
 # Beside the pipeline.
 
+# Told before there is a .venv of the wrong Python, which a later make would not change.
+define recent
+@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("make: Python 3.11 or later is needed, \
+this is " + sys.version.split()[0] + ": try PYTHON=python3.12")'
+endef
+
 $(VENV)/.requirements: requirements.txt
+	$(recent)
 	@echo "setting up $(VENV), once"
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
 $(VENV)/.requirements-dev: requirements-dev.txt requirements.txt
+	$(recent)
 	@echo "setting up $(VENV) for the tests, once"
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r $<

@@ -8,11 +8,11 @@ MinHash and LSH), `mix` by kind, `split` by hash. dropped.jsonl holds every drop
 from __future__ import annotations
 
 import functools
-import gzip
 import hashlib
 import html.entities
 import itertools
 import json
+import math
 import os
 import shutil
 import sys
@@ -32,6 +32,7 @@ import tokenizer
 from tokenizer import InputError, map_batches, one_line_errors, option, parse_options
 
 KINDS, LANGS, SPLITS = ("web", "papers", "code"), ("en", "zh", "code"), ("train", "valid", "test")
+WRITTEN = {*SPLITS, "dropped.jsonl", "report.json", "run.json", "cleaning.json", ".finished"}  # in --out
 LISTS = Path(__file__).parent / "data" / "cleaning.toml"
 
 
@@ -41,7 +42,7 @@ class Options:
 
     input: list[str] = option("files (.txt is one document, .jsonl has `text`) or folders, in sorted order")
     out: str = option("corpus folder to write: train/ valid/ test/ report.json dropped.jsonl")
-    mix: list[str] = option("shares of the bytes; `none` keeps all", ["web=75", "papers=15", "code=10"])
+    mix: list[str] = option("shares of the bytes, as web=75 papers=15 code=10; `none` keeps all", ["none"])
     near_duplicate: float = option("Jaccard similarity that makes two documents one; 1 turns it off", 0.8)
     seed: int = option("which documents of an over-represented kind stay", 1)
     processes: int = option("processes that clean; the result does not depend on it", 2)
@@ -69,18 +70,27 @@ def lists() -> dict:
 
 # ---- Bytes, Unicode ----------------------------------------------------------------------------------------
 
-HAN = regex.compile(r"\p{Han}")
+HAN, COMMON_HAN = regex.compile(r"\p{Han}"), set("的一是不了在有人我他这")
+WESTERN = regex.compile(rb"(?<![\x80-\xff])[\x85\x91-\x97\xa0\xab\xbb\xc0-\xff](?![\x80-\xff])")
 
 
 def decode(data: bytes) -> tuple[str, int]:
-    """Bytes -> (text, number of places that could not be read, each now U+FFFD). UTF-8; else GB18030 where
-    all of it fits and is mostly Chinese; else UTF-8 with the bad bytes replaced."""
+    """Bytes -> (text, number of places that could not be read, each now U+FFFD). UTF-8; else UTF-16 where its
+    mark says so; else GB18030 where all of it fits and is mostly Chinese; else Windows-1252 where all but
+    ASCII is single letters, quotes and dashes; else UTF-8 with the bad bytes replaced."""
     try:
         return data.decode("utf-8"), 0
     except UnicodeDecodeError:
+        if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            text = data.decode("utf-16", "replace")
+            return text, text.count("\ufffd")
         text = data.decode("gb18030", "replace")
-        if "\ufffd" not in text and len(HAN.findall(text)) >= max(2, 0.5 * sum(c > "\x7f" for c in text)):
+        han = HAN.findall(text)
+        common = len(han) < 50 or sum(c in COMMON_HAN for c in han) >= 0.02 * len(han)  # else it is Korean
+        if "\ufffd" not in text and common and len(han) >= max(2, 0.5 * sum(c > "\x7f" for c in text)):
             return text, 0
+        if len(WESTERN.sub(b"", data)) == len(data.decode("ascii", "ignore")):
+            return data.decode("cp1252"), 0
         text = data.decode("utf-8", "replace")
         return text, text.count("\ufffd")
 
@@ -88,7 +98,8 @@ def decode(data: bytes) -> tuple[str, int]:
 # Mojibake: UTF-8 read as GBK, or as Windows-1252, whose characters outside Latin-1 BYTES turns back to bytes.
 BYTES = {ord(c): b for b in range(0x80, 0xA0) if (c := bytes([b]).decode("cp1252", "replace")) != "\ufffd"}
 HAN_BYTES, HIGH_BYTES = regex.compile(rb"[\xe2-\xef][\x80-\xbf]{2}"), regex.compile(rb"[\x80-\xff]")
-DAMAGE = regex.compile("\ufffd|锟斤拷?|斤拷|\xe2\u20ac.?|[\xc2\xc3][\x80-\xbf]|[\xe3-\xe9](?!»)[\x80-\xbf]{1,2}")
+DAMAGE = regex.compile("\ufffd|锟斤拷?|斤拷|\xe2\u20ac.?|[\xc2\xc3][\x80-\xbf]"
+                       "|[\xe3-\xe9](?![\xa0\xab\xae\xb0\xb7\xbb](?![\x80-\xbf]))[\x80-\xbf]{1,2}")
 
 
 def repair_mojibake(text: str) -> tuple[str, int, int]:
@@ -153,16 +164,18 @@ def detect_language(text: str) -> str:
     return "other" if len(words) >= 20 and foreign > max(0.08 * len(words), 2 * english) else "en"
 
 
+BARE = "(?:async|checked|controls|defer|disabled|hidden|multiple|open|required|reversed|selected)"
 HTML = regex.compile(r"^ *```.*?(?:^ *```|\Z)|`[^`\n]+`|<!--|<(?:!doctype|\?)[^<>]*>"
-                     r"|<(/?)([a-z][\w:-]*)(?:\s[^<>]*)?/?>", regex.M | regex.S | regex.I)
+                     rf"|<(/?)([a-z][\w:-]*)(?:\s[^<>=]*+=[^<>]*+|(?:\s+{BARE})*\s*/?)>",
+                     regex.M | regex.S | regex.I)
 ENTITIES = html.entities.html5
 ENTITY = regex.compile(r"&(?:(#\d{1,7}|#x[0-9a-f]{1,6})|[a-z][a-z0-9]{1,30});", regex.I)
 
 
 def strip_html(text: str) -> tuple[str, int]:
     """Text -> (text without tags, comments, scripts, styles, entities; how many of them there were). A tag is
-    one of HTML's, or of a name that this text also closes (XML): `Vec<T>` and `<unk>` stay, and so does all
-    that stands in Markdown code. One pass over the tags: linear in the length, whatever the input."""
+    one of HTML's, or of a name that this text also closes (XML): `Vec<T>`, `<unk>` and `a<b and c>d` stay,
+    and so does all that stands in Markdown code. One pass over the tags: linear, whatever the input."""
     blocks, inline = lists()["html_blocks"], lists()["html_inline"]
     names = blocks | inline | {"!", "td", "th"} | set(regex.findall(r"</([a-z][\w:-]*)", text.lower()))
     parts, at, count, unclosed = [], 0, 0, set()
@@ -213,7 +226,8 @@ def noise(text: str, lang: str) -> tuple[str, str] | None:
 
 def keyword_verdict(text: str, lang: str) -> tuple[str, str] | None:
     """('spam' | 'hate' | 'danger', detail) when key phrases are many and dense in the text; else None. A
-    phrase gives 3 points each time, a word 1 point once: a text that only names things is let through."""
+    phrase gives 3 points each time, a word 1 point once: a text that only names things is let through, as
+    news of a bomb does; spam may be told by words alone."""
     lower = text.lower()
     hundreds = max(0.4, len(lower) / (170 if lang == "zh" else 600))  # of words; at least 40
     for reason, least in lists()["points"].items() if lang != "code" else ():
@@ -221,7 +235,8 @@ def keyword_verdict(text: str, lang: str) -> tuple[str, str] | None:
         said = [match[0] for match in phrases.finditer(lower)]
         named = sorted(set(words.findall(phrases.sub("\n", lower))))  # what a phrase has said counts once
         points = 3 * len(said) + len(named)
-        if points >= max(4 if said else 6, least * hundreds):
+        fewest = 4 if said else 6 if reason == "spam" else math.inf
+        if points >= max(fewest, least * hundreds):
             return reason, f"{points} points in {100 * hundreds:.0f} words: {'; '.join((said + named)[:5])}"
     return None
 
@@ -297,7 +312,8 @@ def find_duplicates(documents: list, threshold: float, load_shingles):
             continue
         if document.signature is None:
             continue
-        bands = [(document.lang, b, document.signature[b:b + rows].tobytes()) for b in range(0, HASHES, rows)]
+        bands = [hash((document.lang, at, document.signature[at:at + rows].tobytes()))
+                 for at in range(0, HASHES, rows)]
         for other in {other.id: other for band in bands for other in buckets[band]}.values():
             if np.mean(other.signature == document.signature) < threshold - 0.15:  # 4 standard deviations
                 continue
@@ -329,17 +345,22 @@ def mix(documents: list, shares: dict, seed: int) -> list[str]:
     have, taken = Counter(), Counter()
     for document in documents:
         have[document.kind] += document.bytes
-    wanted = {kind: share for kind, share in shares.items() if share and have[kind]}
+    there = sum(share for kind, share in shares.items() if have[kind])
+    wanted = {kind: share / there for kind, share in shares.items() if share and have[kind]}
     if not wanted:
         raise InputError(f"--mix: the input has only {', '.join(have)}; --mix none keeps all")
     scarce = min(wanted, key=lambda kind: have[kind] / wanted[kind])
     limits = {kind: have[scarce] * share / wanted[scarce] for kind, share in wanted.items()}
     for document in sorted(documents, key=lambda d: hashlib.blake2b(b"%d %d" % (seed, d.key)).digest()):
-        if taken[document.kind] < limits.get(document.kind, 0):
+        limit, size = limits.get(document.kind, 0), taken[document.kind]
+        if size < limit and (not size or size + document.bytes <= 1.05 * limit):  # a book may be far too much
             taken[document.kind] += document.bytes
         else:
             document.verdict = "mix", f"{document.kind} is over-represented"
     notices = [f"mix: no {kind} in the input" for kind in shares if shares[kind] and kind not in wanted]
+    found = {kind: taken[kind] / taken.total() for kind in wanted}
+    notices += [f"mix: {kind} is {found[kind]:.0%} of the text, not {wanted[kind]:.0%}: documents are large"
+                for kind in wanted if abs(found[kind] - wanted[kind]) > 0.05]
     if 2 * taken.total() < have.total():
         notices.append(f"mix: over half of the text goes, because {scarce} is scarce; --mix none keeps all")
     return notices
@@ -347,11 +368,13 @@ def mix(documents: list, shares: dict, seed: int) -> list[str]:
 
 def split(documents: list):
     """90 / 5 / 5 by each text's own hash: order, reruns and the other documents do not matter. Only where so
-    few leave valid or test empty, the train document with the nearest hash goes there."""
+    few leave valid or test empty, the train document with the nearest hash goes there; one alone is train."""
     for document in documents:
         place = (document.key >> 64) / 2**64
         document.split = "train" if place < 0.9 else "valid" if place < 0.95 else "test"
-    for name in ("test", "valid"):
+    if all(document.split != "train" for document in documents):
+        documents[0].split = "train"
+    for name in ("valid", "test"):
         train = [document for document in documents if document.split == "train"]
         if len(train) >= 2 and all(document.split != name for document in documents):
             max(train, key=lambda document: document.key).split = name
@@ -426,7 +449,8 @@ def clean_batch(batch: list, options: Options) -> list[Document]:
     """What a process does: [(path, line number or 0, source, kind, bytes)] -> documents with signatures."""
     documents = []
     for path, number, source, kind, data in batch:
-        document = Document(text="", source=source, origin=Path(path).name, kind=kind, bytes=len(data))
+        origin = Path(path).name.encode("utf-8", "replace").decode()
+        document = Document(text="", source=source, origin=origin, kind=kind, bytes=len(data))
         try:
             parse(number, data, document)
         except (ValueError, RecursionError) as error:
@@ -454,12 +478,15 @@ def find_files(inputs: list[str], out: Path) -> list[tuple[Path, str, str]]:
     for path in map(Path, inputs):
         if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
             raise InputError(f"--out {out} lies inside --input {path}, so the next run would read it")
+        if path.resolve().is_relative_to(out.resolve()):
+            raise InputError(f"--input {path} lies inside --out {out}, which is written anew")
         for file in tokenizer.text_files([path]):
             top = Path(os.path.abspath(path)).name  # of . and .. too
             folders = (top, *file.parent.relative_to(path).parts) if path.is_dir() else file.parent.parts[-1:]
-            stem = regex.sub(r"\.(txt|jsonl|jsonl\.gz)$", "", file.name)
+            stem = regex.sub(r"(?i)\.(txt|jsonl)(\.gz)?$", "", file.name)
             kind = next((part for part in (stem, *reversed(folders)) if part in KINDS), "")
-            files.append((file, folders[-1] if path.is_dir() and file.suffix == ".txt" else stem, kind))
+            source = folders[-1] if path.is_dir() and tokenizer.is_text(file) else stem
+            files.append((file, source.encode("utf-8", "replace").decode(), kind))  # a name may be in GBK
     return files
 
 
@@ -468,16 +495,16 @@ def read_batches(files: list, progress, size: int = 1 << 19):
     batch, held = [], 0
     for path, source, kind in files:
         try:
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-                for number, data in [(0, file.read())] if path.suffix == ".txt" else enumerate(file, 1):
+            with tokenizer.open_bytes(path) as file:
+                for number, data in [(0, file.read())] if tokenizer.is_text(path) else enumerate(file, 1):
                     held += len(data)
                     progress.update(len(data))
-                    if data.strip():
+                    if data.strip() or not number:
                         batch.append((str(path), number, source, kind, data.removeprefix(b"\xef\xbb\xbf")))
                     if held >= size:
                         yield batch
                         batch, held = [], 0
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        except tokenizer.DAMAGED_GZ as error:
             raise InputError(f"{path}: not a whole gzip file ({error})") from None
     yield batch
 
@@ -494,7 +521,7 @@ def cleaned_documents(files: list, options: Options):
 
 def prepare(options: Options, folder: Path) -> dict:
     """Read, clean, compare, mix, split and write into `folder`; returns the report. The texts wait in a file;
-    memory holds the documents' names and signatures, about 1 KB each."""
+    memory holds the documents' names and signatures, about 4 KB each."""
     shares, files = parse_mix(options.mix), find_files(options.input, Path(options.out))
     documents, numbers = [], Counter()
     with open(folder / "cleaned.tmp", "w+b") as cleaned:
@@ -566,6 +593,9 @@ def print_report(report: dict):
     for title in ("kinds", "langs", "splits"):
         print(f"{title}:", ", ".join(f"{name} {n['documents']} documents, {n['bytes'] / 1e6:.2f} MB"
                                      f" ({n['bytes'] / total:.0%})" for name, n in report[title].items()))
+    for name in SPLITS:
+        if name not in report["splits"]:
+            print(f"notice: {name} is empty: it takes three documents or more (a .txt file is one)")
     for notice in report["notices"]:
         print(f"notice: {notice}")
 
@@ -576,10 +606,15 @@ def main(argv=None):
     if not 0 < options.near_duplicate <= 1 or options.processes < 1:
         raise InputError("--near-duplicate must be above 0 and at most 1, --processes at least 1")
     lists()
-    out, folder = Path(options.out), Path(f"{options.out.rstrip('/')}.partial")
-    if out.exists() and not (out / "dropped.jsonl").exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out {out} exists and is no corpus of prepare.py; choose another folder")
-    if (out / "run.json").exists() and not options.overwrite:
+    out = Path(options.out).resolve()  # a link's target is replaced, not the link
+    folder = out.with_name(f"{out.name}.partial")
+    there = {path.name for path in out.iterdir()} if out.is_dir() else {out.name} if out.exists() else set()
+    if os.path.ismount(out):
+        raise InputError(f"--out {out} is a mount point, which cannot be replaced; choose a folder in it")
+    if foreign := sorted(there - WRITTEN if "dropped.jsonl" in there else there):
+        raise InputError(f"--out {out} exists and is no corpus of prepare.py alone (there is {foreign[0]}); "
+                         "choose another folder")
+    if "run.json" in there and not options.overwrite:
         raise InputError(f"--out {out} is finished; choose another folder, or replace it with --overwrite")
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left: never under the name of --out
     for name in SPLITS:
@@ -588,7 +623,8 @@ def main(argv=None):
         report = prepare(options, folder)
         run = {"stage": "prepare", "options": asdict(options), "seconds": time.perf_counter() - began}
         for name, values in (("report", report), ("run", run | {"finished": True})):
-            (folder / f"{name}.json").write_text(json.dumps(values, ensure_ascii=False, indent=1), "utf-8")
+            text = json.dumps(values, ensure_ascii=False, indent=1)
+            (folder / f"{name}.json").write_bytes(text.encode("utf-8", "replace"))
         shutil.rmtree(out, ignore_errors=True)
         folder.rename(out)
     finally:

@@ -491,8 +491,11 @@ class Tokenizer:
             path = path.with_name("tokenizer_config.json")
             config = json.loads(files.get("tokenizer_config.json", b"{}"))
             names = token_names(config)
-            if tokenizer.im_start is None:
+            if tokenizer.im_start is None or tokenizer.spaces:
                 read_foreign_chat(tokenizer, files, config, names)
+            if tokenizer.endoftext is None:
+                begin, end = map(tokenizer.special_tokens.get, map(names.get, ("bos_token", "eos_token")))
+                tokenizer.endoftext, tokenizer.document_end = begin, end if end != begin else None
             if tokenizer.pad is None:
                 tokenizer.pad = find_pad(tokenizer, names)
         except InputError as error:
@@ -598,12 +601,15 @@ def encode_chat(tokenizer, messages, generation_prompt=False):
         ids.extend(tokens)
         trained.extend([is_trained] * len(tokens))
 
+    def encode(text, after="token"):
+        return tokenizer.encode(text, after=after)
+
     for i, message in enumerate(messages):
-        add(tokenizer.encode("\n") if i else [])
-        add([tokenizer.im_start, *tokenizer.encode(message["role"] + "\n")])
-        add([*tokenizer.encode(message["content"]), tokenizer.im_end], message["role"] == "assistant")
+        add(encode("\n") if i else [])
+        add([tokenizer.im_start, *encode(message["role"] + "\n")])
+        add([*encode(message["content"], after="text"), tokenizer.im_end], message["role"] == "assistant")
     if generation_prompt:
-        add([*tokenizer.encode("\n"), tokenizer.im_start, *tokenizer.encode("assistant\n")])
+        add([*encode("\n"), tokenizer.im_start, *encode("assistant\n")])
     return ids, trained
 
 
@@ -669,17 +675,22 @@ def render_chat(tokenizer, messages, generation_prompt):
     """A dialogue in a tokenizer's chat_template: [(text, role)] in order, role None for the template's text.
 
     The template sees marks in place of contents, between two wide spaces: where those are gone, it strips.
+    InputError where it would do more to these contents than that.
     """
     marked = [{**m, "content": f"\u2003\ue000{i}\ue001\u2003"} for i, m in enumerate(messages)]
     given = {"messages": marked, "add_generation_prompt": generation_prompt, "tools": None, "documents": None}
     try:
-        rendered = compile_template(tokenizer.chat_template).render(**tokenizer.names, **given)
+        template = compile_template(tokenizer.chat_template)
+        rendered = template.render(**tokenizer.names, **given)
         text, *rest = regex.split("(\u2003?)\ue000([0-9]+)\ue001(\u2003?)", rendered)
         parts = [(text, None)]
         for left, i, right, text in zip(*[iter(rest)] * 4):
             content, role = messages[int(i)]["content"], messages[int(i)]["role"]
             content = content if left else content.lstrip()
             parts += [(content if right else content.rstrip(), role), (text, None)]
+        plain = template.render(**tokenizer.names, **given | {"messages": messages})
+        if "".join(text for text, _ in parts) != plain:
+            raise InputError("the chat_template changes what is said (as R1's leaves out <think>...</think>)")
         return parts
     except InputError:
         raise
@@ -711,16 +722,13 @@ def token_names(config):
 
 
 def read_foreign_chat(tokenizer, files, config, names):
-    """A tokenizer without ChatML takes from its files: chat_template, borders of documents, im_end."""
+    """A tokenizer without ChatML, or of SentencePiece's, takes from its files: chat_template, im_end."""
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = {each["name"]: each["template"] for each in template}.get("default")
     if "chat_template.jinja" in files:
         template = files["chat_template.jinja"].decode()
     tokenizer.chat_template, tokenizer.names = template, names
-    if tokenizer.endoftext is None:
-        begin, end = (tokenizer.special_tokens.get(names.get(key)) for key in ("bos_token", "eos_token"))
-        tokenizer.endoftext, tokenizer.document_end = begin, end if end != begin else None
     try:
         ids, trained = encode_chat(tokenizer, messages_of("a") + messages_of("b", "assistant"))
         tokenizer.im_end = [id for id, answer in zip(ids, trained) if answer][-1]
@@ -794,7 +802,7 @@ def parse_tokenizer_json(data):
         raise InputError(f"unsupported normalizer {kinds[0]!r}; only NFC is read")
     if spaces and model.get("ignore_merges"):
         raise InputError("unsupported: byte_fallback with ignore_merges")
-    special, added = read_added_tokens(data, ["normalized"] if spaces else [])
+    special, added = read_added_tokens(data, ["normalized"] if spaces or normalizers else [])
     check_vocabulary(vocab, special | added, spaces)
     merges = [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair) for pair in model["merges"]]
     for pair in merges:
@@ -820,7 +828,8 @@ def read_added_tokens(data, refused):
         flags = [flag for flag in ["lstrip", "rstrip", "single_word", *refused] if token.get(flag)]
         if flags and not token["special"]:
             raise InputError(f"unsupported: {token['content']!r} with {flags[0]}")
-        (special if token["special"] else added)[token["content"]] = token["id"]
+        is_special = token["special"] or token["content"] in (IM_START, IM_END)  # which no text may become
+        (special if is_special else added)[token["content"]] = token["id"]
     return special, added
 
 
@@ -918,7 +927,7 @@ def read_tokens(folder, split, tokenizer=None):
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(f"{index}: not an index of tokens ({type(error).__name__}: {error})") from None
     if not shards:
-        raise InputError(f"{index}: the split {split!r} is empty")
+        raise InputError(f"{index}: the split {split!r} is empty; it takes three documents or more")
     return shards
 
 
@@ -958,20 +967,28 @@ def write_shards(split, source, encoded, out):
     return [shards[lang][0] for lang in sorted(shards)]
 
 
+def is_text(path):
+    """Whether a file is one text; else it holds a JSON object a line."""
+    return path.name.lower().endswith((".txt", ".txt.gz"))
+
+
 def text_files(inputs):
-    """The .txt, .jsonl and .jsonl.gz files that inputs name, folders walked in sorted order."""
-    files = jsonl_files(inputs, endings := (".txt", ".jsonl", ".jsonl.gz"))
-    if other := [file for file in files if not file.name.endswith(endings)]:
+    """The .txt and .jsonl files, plain or .gz, that inputs name, folders walked in sorted order."""
+    files = jsonl_files(inputs, endings := (".txt", ".jsonl", ".txt.gz", ".jsonl.gz"))
+    if other := [file for file in files if not file.name.lower().endswith(endings)]:
         raise InputError(f"{other[0]}: unknown kind of file; text is read from {', '.join(endings)}")
     return files
 
 
 def read_texts(path):
     """Yield (text, language, bytes) of a file; a .txt file is one text. Without a language it is "text"."""
-    if path.name.endswith(".txt"):
-        data = path.read_bytes()
+    if is_text(path):
         try:
+            with open_bytes(path) as file:
+                data = file.read()
             yield data.decode(), "text", len(data)
+        except DAMAGED_GZ as error:
+            raise InputError(f"{path}: a damaged .gz file ({error})") from None
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: not UTF-8 (byte {error.start})") from None
         return
@@ -1129,6 +1146,14 @@ def load_scorer(name):
         raise InputError(f"scorer {name}: {error!r}") from None
 
 
+DAMAGED_GZ = (EOFError, zlib.error, gzip.BadGzipFile)
+
+
+def open_bytes(path):
+    """A file to be read as bytes, a .gz file's unpacked."""
+    return (gzip.open if str(path).lower().endswith(".gz") else open)(path, "rb")
+
+
 def json_object(line):
     """A line of JSON (bytes) -> the object in it; InputError for what is none."""
     try:
@@ -1147,8 +1172,8 @@ def read_jsonl(path, skipped=None):
     object, and for a .gz file that is damaged or cut off. With skipped (a stage's counts, under --skip-bad)
     such a line only adds one to skipped["bad"].
     """
-    opener, number = gzip.open if str(path).endswith(".gz") else open, 0
-    with opener(path, "rb") as file:
+    number = 0
+    with open_bytes(path) as file:
         try:
             for number, line in enumerate(file, 1):
                 if not line.strip():
@@ -1161,7 +1186,7 @@ def read_jsonl(path, skipped=None):
                     skipped["bad"] += 1
                 else:
                     yield number, record
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        except DAMAGED_GZ as error:
             raise InputError(f"{path}: a damaged .gz file after line {number} ({error})") from None
 
 
@@ -1176,11 +1201,26 @@ def jsonl_files(paths, endings=(".jsonl", ".jsonl.gz")):
     for path in map(Path, paths):
         if not path.exists():
             raise InputError(f"{path}: not found")
-        inside = sorted(file for file in path.rglob("*") if file.name.endswith(endings) and file.is_file())
-        files += (found := inside if path.is_dir() else [path])
+        inside = walk(path) if path.is_dir() else ()
+        found = sorted(file for file in inside if file.name.lower().endswith(endings) and file.is_file())
+        files += (found := found if path.is_dir() else [path])
         if not found:
             raise InputError(f"{path}: no text in it ({', '.join(endings)})")
     return files
+
+
+def walk(folder):
+    """Yield all files under a folder, through links to other folders as well, though not in a circle."""
+
+    def stop(error):
+        raise error  # an unreadable folder is told, not passed over
+
+    seen = set()
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=stop):
+        real = os.path.realpath(root)
+        folders[:] = folders if real not in seen else []
+        yield from (Path(root, name) for name in names if real not in seen)
+        seen.add(real)
 
 
 def name_of(messages):
@@ -1396,7 +1436,8 @@ def readable(data):
 
 
 def show(argv):
-    argv = ["--text", *argv] if argv and not argv[0].startswith("-") else argv
+    if argv and "--text" not in argv:  # it may stand by itself, first or last
+        argv = ["--text", *argv] if not argv[0].startswith("--") else [*argv[:-1], "--text", argv[-1]]
     options = parse_options(ShowOptions, argv, "tokenizer.py show")
     tokenizer, colours = Tokenizer.load(options.tokenizer), sys.stdout.isatty()
     parts = {made: pair for pair, (_, made) in reversed(tokenizer.merge_of.items())}

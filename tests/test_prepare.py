@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import zlib
 
@@ -74,7 +75,10 @@ def test_decode():
     assert prepare.decode("naïve 你好".encode()) == ("naïve 你好", 0)
     assert prepare.decode("你好，世界，今天天气很好".encode("gb18030")) == ("你好，世界，今天天气很好", 0)
     assert prepare.decode(b"good \xff\xfe text") == ("good \ufffd\ufffd text", 2)
-    assert prepare.decode("café is closed".encode("latin-1"))[1] == 1
+    assert prepare.decode("café is “closed”".encode("cp1252")) == ("café is “closed”", 0)
+    assert prepare.decode("The end—“fin”".encode("utf-16"))[0].removeprefix("\ufeff") == "The end—“fin”"
+    korean = "바다 옆 마을에는 오래된 등대가 있고 등대지기는 매일 밤 편지를 쓴다. " * 5
+    assert prepare.decode(korean.encode("euc-kr"))[1] > 9  # all of it fits GB18030, and is no Chinese
 
 
 @pytest.mark.parametrize(
@@ -640,8 +644,9 @@ def test_rerun_and_number_of_processes_give_the_same_bytes(world):
         assert bytes_of(world / name) == bytes_of(world / "corpus")
 
 
-def test_default_mix(world):
-    assert run("--input", world / "raw", "--out", world / "mixed", "--processes", 1) == 0
+def test_a_mix_is_reached_and_its_cost_is_told(world):
+    shares = ["web=75", "papers=15", "code=10"]
+    assert run("--input", world / "raw", "--out", world / "mixed", "--processes", 1, "--mix", *shares) == 0
     report = json.loads((world / "mixed" / "report.json").read_text("utf-8"))
     total = sum(group["bytes"] for group in report["kinds"].values())
     assert report["kinds"]["web"]["bytes"] / total == pytest.approx(0.75, abs=0.05)
@@ -656,6 +661,12 @@ def test_finished_out_is_kept_and_foreign_folders_are_never_touched(world, capsy
     (world / "mine" / "run.json").write_text("{}")
     assert run("--input", world / "raw", "--out", world / "mine", "--overwrite") == 2
     assert (world / "mine" / "run.json").exists() and "no corpus" in capsys.readouterr().err
+    (world / "corpus" / "thesis.doc").write_text("mine")
+    assert run("--input", world / "raw", "--out", world / "corpus", "--overwrite") == 2
+    assert "thesis.doc" in capsys.readouterr().err
+    (world / "corpus" / "thesis.doc").unlink()
+    assert run("--input", world / "corpus" / "train", "--out", world / "corpus", "--overwrite") == 2
+    assert "lies inside" in capsys.readouterr().err and bytes_of(world / "corpus") == before
     assert run("--input", world / "raw" / "books", "--out", world / "books", "--mix", "none") == 0
     assert (
         run("--input", world / "raw" / "books", "--out", world / "books", "--mix", "none", "--overwrite") == 0
@@ -743,7 +754,7 @@ def test_bad_input_is_told_in_one_line(tmp_path, monkeypatch, capsys, argv, mess
 
 
 def test_bad_bytes_are_counted(tmp_path, capsys):
-    (tmp_path / "raw.txt").write_bytes(english(1, 400).encode() + b" caf\xe9 ends here")
+    (tmp_path / "raw.txt").write_bytes(english(1, 400).encode() + b" caf\xe9\xff ends here")
     assert run("--input", tmp_path / "raw.txt", "--out", tmp_path / "out", "--mix", "none") == 0
     assert "bad_bytes in 1" in capsys.readouterr().out
     assert [r["source"] for r in corpus(tmp_path / "out").values()] == ["raw"]
@@ -766,3 +777,92 @@ def test_edited_lists_that_are_broken_are_told_in_one_line(tmp_path, monkeypatch
         assert "cleaning.toml" in capsys.readouterr().err
     finally:
         prepare.lists.cache_clear()
+
+
+def test_a_mix_takes_no_book_that_is_far_too_large_and_says_what_it_missed(tmp_path, capsys):
+    books = [{"text": english(i, 4000), "kind": "web"} for i in range(6)]
+    scripts = [{"text": f"def f{i}():\n    return {i}\n\nprint(f{i}(), {i})", "kind": "code"} for i in range(30)]
+    write(tmp_path / "all.jsonl", books + scripts)
+    shares = ["web=75", "code=25"]
+    assert run("--input", tmp_path / "all.jsonl", "--out", tmp_path / "out", "--mix", *shares) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
+    assert report["kinds"]["web"]["documents"] == 1
+    assert "documents are large" in capsys.readouterr().out
+
+
+def test_one_document_is_to_train_on_and_what_is_empty_is_told(tmp_path, capsys):
+    for i in range(8):
+        (tmp_path / "one.txt").write_text(english(i, 300))
+        assert run("--input", tmp_path / "one.txt", "--out", tmp_path / "out", "--overwrite") == 0
+        assert (tmp_path / "out" / "train" / "one.jsonl").exists()
+    assert "notice: valid is empty" in capsys.readouterr().out
+
+
+def test_text_is_found_behind_links_packed_and_in_capitals(tmp_path):
+    raw = tmp_path / "raw"
+    (raw / "deep").mkdir(parents=True)
+    (raw / "deep" / "A.TXT").write_text(english(1))
+    (raw / "deep" / "b.txt.gz").write_bytes(gzip.compress(english(2).encode()))
+    (tmp_path / "elsewhere").mkdir()
+    write(tmp_path / "elsewhere" / "c.jsonl", [{"text": english(3)}])
+    (raw / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "circle").symlink_to(raw)
+    (raw / os.fsdecode("文章".encode("gbk") + b".txt")).write_text(english(4))
+    (raw / "blank.txt").write_text("\n")
+    (tmp_path / "out").symlink_to(tmp_path / "disk")  # a link that leads nowhere yet
+    assert run("--input", raw, "--out", tmp_path / "out") == 0
+    report = json.loads((tmp_path / "disk" / "report.json").read_text("utf-8"))
+    assert report["all"] == {"read": 5, "kept": 4, "empty": 1}
+
+
+@pytest.mark.parametrize("text", [
+    "For all a<b we have f(a)>f(b), and 0<p while q>1.", "Both a<b and u<s hold, but t>k does not.",
+])
+def test_signs_of_inequality_are_no_tags(text):
+    assert prepare.strip_html(text) == (text, 0)
+
+
+def test_attributes_with_and_without_values_are_part_of_a_tag():
+    page = '<p class="x">One <input disabled> two<br/> <script async>var x = 1 < 2</script><details open>three</details></p>'
+    assert prepare.strip_html(page)[0].split() == ["One", "two", "three"]
+
+
+@pytest.mark.parametrize("text", [
+    "The café\u00a0was closed — it was sad.", "Nestlé® and Pokémon® — both are names.", "A café·bar, and “O Chalé”",
+])
+def test_accents_before_signs_are_no_mojibake(text):
+    assert prepare.repair_mojibake(text)[1:] == (0, 0)
+
+
+@pytest.mark.parametrize("code", [
+    "out = x@self.weight + self.bias", "scores = q@k.transpose(-2, -1)", "systemctl start getty@tty1.service"])
+def test_what_looks_like_an_address_in_code_stays(code):
+    assert prepare.mask_personal(code, "code") == (code, {})
+
+
+def test_timestamps_and_book_numbers_are_no_cards():
+    text = "at 1700000000006 ms; ISBN 9780306406157"
+    assert prepare.mask_personal(text, "en") == (text, {})
+
+
+@pytest.mark.parametrize("line", [
+    "x" * 30_000 + "=" * 30_000, json.dumps({f"k{i}": [i, "=<>{}"] for i in range(4000)}), "a-" * 40_000])
+def test_a_long_line_does_not_hang_in_a_pattern(line):
+    assert prepare.detect_language(line) == "en" and prepare.keyword_verdict(line, "en") is None
+
+
+@pytest.mark.parametrize("text", [
+    "Police said that a bomb exploded near the market on Tuesday evening. Three victims were taken to hospital "
+    "and one of them died. Officers are looking for evidence, and the deadly device had been hidden in a bag, a "
+    "spokesman told reporters. Nobody has said yet who wanted to kill, or why it happened in this quiet street.",
+    "Add 5 ml of acetone to the flask, then a little hydrogen peroxide, and warm it while you stir until it is clear.",
+    "取少量硝酸钾溶液倒入试管，慢慢加热，观察溶液颜色的变化，并把看到的记在本子上。",
+])
+def test_news_and_the_laboratory_are_no_danger(text):
+    assert prepare.keyword_verdict(text, prepare.detect_language(text)) is None
+
+
+def test_a_snippet_or_a_dialogue_among_english_is_no_code():
+    play = "Anna: Well, I never thought,\nBen: Nor I,\nAnna: that the sun would rise,\nBen: so late in the year."
+    verse = "He would\nraise taxes on the poor\nand import duties on all wine,\nraise the flag"
+    assert [prepare.detect_language(text) for text in (play, verse)] == ["en", "en"]

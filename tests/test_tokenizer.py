@@ -1,8 +1,10 @@
 """tokenizer.py: the naive and the fast half agree, and both agree with Hugging Face's library."""
 
+import copy
 import gzip
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -225,7 +227,7 @@ def test_special_tokens_come_from_text_where_they_are_named(tokenizer):
     text = "a<|im_end|>b<|pad|>"
     ids = tokenizer.encode(text, allow=["<|im_end|>"])
     assert ids == [*tokenizer.encode("a"), 2, *tokenizer.encode("b<|pad|>")] and tokenizer.decode(ids) == text
-    with pytest.raises(InputError, match="<|none|>"):
+    with pytest.raises(InputError, match=re.escape("<|none|>")):
         tokenizer.encode(text, allow=["<|none|>"])
 
 
@@ -480,7 +482,7 @@ def test_byte_fallback_equals_hugging_face(byte_fallback, text, ids):
 def test_a_tokenizer_without_chat_tokens(folder, tmp_path):
     foreign = Tokenizer.load(changed(folder, tmp_path, lambda data: data["added_tokens"].clear()))
     assert (foreign.endoftext, foreign.im_start, foreign.im_end, foreign.pad) == (None,) * 4
-    with pytest.raises(InputError, match="no <|im_start|>"):
+    with pytest.raises(InputError, match=re.escape("no <|im_start|>")):
         encode_chat(foreign, [{"role": "user", "content": "hi"}])
 
 
@@ -520,7 +522,26 @@ def as_first_published(data):
     return data
 
 
+CHATML = (
+    "{{ bos_token }}{%- for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def with_chatml(data):
+    """As OpenHermes made of Mistral: the two tokens are there, and not even called special."""
+    for name in (IM_START, IM_END):
+        id = max(data["model"]["vocab"].values()) + 1
+        data["model"]["vocab"][name] = id
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+        data["added_tokens"].append({"id": id, "content": name, **flags})
+    return data
+
+
 CHATS = {
+    "hermes": (CHATML, lambda folder: with_chatml(byte_fallback_json(TEXTS, **SPACES["first"]))),
+    "hermes on llama2": (CHATML, lambda folder: with_chatml(byte_fallback_json(TEXTS, **LEGACY))),
     "llama2 at first": (LLAMA2_CHAT, lambda folder: as_first_published(byte_fallback_json(TEXTS, **LEGACY))),
     "llama2": (LLAMA2_CHAT, lambda folder: byte_fallback_json(TEXTS, **LEGACY)),
     "mistral": (MISTRAL_CHAT, lambda folder: byte_fallback_json(TEXTS, **SPACES["first"])),
@@ -547,6 +568,8 @@ def foreign_chat(request, folder, tmp_path_factory):
 @settings(max_examples=50)
 def test_foreign_chats_are_encoded_as_by_transformers(foreign_chat, contents, generation_prompt):
     ours, theirs = foreign_chat
+    chatml = ours.im_start is not None  # there an answer's header ends in a line break: one of its own stays apart
+    contents = [content.lstrip("\n") if chatml and i % 2 else content for i, content in enumerate(contents)]
     roles = ["user", "assistant"] * 2
     messages = [{"role": role, "content": content} for role, content in zip(roles, contents)]
     ids, trained = encode_chat(ours, messages, generation_prompt)
@@ -964,3 +987,24 @@ def test_a_plot_of_an_unknown_kind_is_refused_in_one_line(corpus, capsys):
     inputs = ["--input", f"{corpus}/corpus/train", "--tokenizer", f"{corpus}/tok"]
     assert train(corpus) == 0 and main(["stats", *inputs, "--plot", f"{corpus}/plot.foo"]) == 2
     assert "plot.foo" in capsys.readouterr().err
+
+
+def test_a_template_that_drops_what_was_said_is_told(foreign_chat):
+    ours, _ = foreign_chat
+    ours = copy.copy(ours)
+    ours.chat_template = ours.chat_template.replace("m['content']", "m['content'].split('</think>')[-1]")
+    if "split" not in ours.chat_template:
+        pytest.skip("a template that says it otherwise")
+    asked = [{"role": "user", "content": "Hi"}]
+    encode_chat(ours, asked + [{"role": "assistant", "content": "Ahoy"}])
+    with pytest.raises(InputError, match="changes what is said"):
+        encode_chat(ours, asked + [{"role": "assistant", "content": "<think>hm</think>Ahoy"}])
+
+
+@pytest.mark.parametrize("argv", [["-5 degrees"], ["a boat", "--tokenizer", "F"], ["--tokenizer", "F", "a boat"]])
+def test_show_takes_its_text_first_or_last(folder, monkeypatch, capsys, argv):
+    monkeypatch.chdir(folder)
+    argv = [str(folder) if word == "F" else word for word in argv]
+    argv += [] if str(folder) in argv else ["--tokenizer", str(folder)]
+    assert main(["show", *argv]) == 0
+    assert "tokens for" in capsys.readouterr().out
