@@ -112,9 +112,10 @@ def figures(answers, bits, divergence):
 
     answers: judged records; bits: {language: bits per byte}; divergence: {language: KL to the reference}. A
     figure with nothing behind it is None. `by_kind`: for each kind of prompt the number of answers, the
-    share that ended by itself, and the mean of every key of the verdict.
+    share that ended by itself, and the mean of every key of the verdict. `others`: the mean of each key over
+    the chats of those kinds for which no figure counts it, as a scorer of your own has.
     """
-    stage = {}
+    stage, counted = {}, {(kind, key) for kinds, key, _, _ in FIGURES.values() for kind in kinds}
     for lang in ("en", "zh"):
         rows = [a for a in answers if a["lang"] == lang]
         chats = [a for a in rows if a["kind"] not in PLAIN]
@@ -130,7 +131,11 @@ def figures(answers, bits, divergence):
             by_kind[kind] = {"n": len(own), "finished": mean(a["finished"] for a in own)}
             keys = sorted({key for a in own for key in a["verdict"]})
             by_kind[kind] |= {key: mean(a["verdict"].get(key) for a in own) for key in keys}
-        stage[lang] = {**values, "bits_per_byte": bits.get(lang), "by_kind": by_kind}
+        others = defaultdict(list)
+        for a, (key, value) in ((a, item) for a in chats for item in a["verdict"].items()):
+            others[key] += [value] * (key != "gold" and (a["kind"], key) not in counted)
+        others = {key: mean(found) for key, found in others.items() if found}
+        stage[lang] = {**values, "bits_per_byte": bits.get(lang), "others": others, "by_kind": by_kind}
     return {**stage, "code": {"bits_per_byte": bits.get("code")}}
 
 
@@ -272,27 +277,36 @@ def verdict_of(score, prompt, answer, meta):
     """The scorer's verdict, {key: number}; {} without a scorer. InputError where it fails."""
     try:
         verdict = score(prompt, answer, meta) if score else {}
-        verdict = {key: float(value) for key, value in verdict.items()}
+        verdict = {str(key): float(value) for key, value in verdict.items()}
         if not all(map(math.isfinite, verdict.values())):
             raise ValueError(f"not finite: {verdict}")
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         asked = json.dumps(prompt, ensure_ascii=False)[:160]
         raise InputError(f"the scorer failed on {asked}: {error!r}") from None
     return verdict
 
 
 def judged(a, score):
-    """An answer with the scorer's verdict; {} where a text was only continued. KeyError where it is none."""
-    own = None if a["kind"] == "continuation" else score
+    """An answer with the scorer's verdict; {} where we had a chat continued. KeyError where it is none."""
+    own = None if a["kind"] == "continuation" != a["meta"].get("kind") else score
     verdict = verdict_of(own, a["prompt"], a["answer"], a["meta"])
     return {**a, "lang": a["lang"], "finished": a["finished"], "verdict": verdict}
+
+
+def test_shards(options, tokenizer, name):
+    """The test split; none, which is told, where another tokenizer encoded it than the model's."""
+    index = read_if_there(Path(options.data) / "index.json")
+    if index.get("tokenizer", tokenizer.hash) == tokenizer.hash:
+        return read_tokens(options.data, "test", tokenizer)
+    print(f"{name}: no bits per byte, since {options.data} is encoded by another tokenizer", file=sys.stderr)
+    return []
 
 
 def run_stage(name, folder, items, options, reference, ranks):
     """Measure a folder: (answers, not judged yet; {language: bits per byte}, on rank 0; {language: KL})."""
     began = time.perf_counter()
     model, tokenizer = load_folder(folder, ranks.device, DTYPES[options.dtype])
-    shards = read_tokens(options.data, "test", tokenizer) if options.data and ranks.first else []
+    shards = test_shards(options, tokenizer, name) if options.data and ranks.first else []
     bits = bits_per_byte(model, tokenizer, shards, options.max_length, max_windows=options.max_windows)
     stop = stop_ids(folder, tokenizer) | {tokenizer.endoftext}
     answers = answer_prompts(model, tokenizer, items, stop, options, ranks, name)
@@ -406,6 +420,8 @@ def score_rankings(options, reward, ranks):
     One with an answer beyond its context is left out. Returns (records, how many were left out).
     """
     records = [r for file in options.ranked for r in read_records(Path(file), ranking)]
+    if options.ranked and not records:
+        raise InputError(f"--ranked {' '.join(options.ranked)}: no ranking in it")
     asked = [(r["prompt"], answer, True) for r in records for answer in r["completions"]]
     scores = iter(reward_scores(reward, asked, options, ranks))
     scored = [{"from": "ranked", **r, "scores": [next(scores) for _ in r["completions"]]} for r in records]
@@ -521,6 +537,7 @@ PLOTS = {
     "xtick.labelsize": 8, "ytick.labelsize": 8, "xtick.color": "#6b7480", "ytick.color": "#6b7480",
     "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#eceef1", "grid.linewidth": 0.8,
     "axes.axisbelow": True, "legend.frameon": False, "legend.fontsize": 8,
+    "svg.fonttype": "none", "text.parse_math": False,  # names of any script, drawn by the browser
 }
 NOTES = {"valid_loss": "loss, held out", "kl": "KL to the SFT model, nats a token",
          "valid_accuracy": "pairs in the right order, held out", "reward": "reward", "lr": "learning rate"}
@@ -583,6 +600,9 @@ def figure_rows(report, lang):
     stages = [stage[lang] for stage in report["stages"].values()]
     rows = [[name, *(shown(name, stage.get(name)) for stage in stages)] for name in FIGURES
             if any(stage.get(name) is not None for stage in stages)]
+    for key in dict.fromkeys(key for stage in stages for key in stage.get("others", {})):
+        values = [stage.get("others", {}).get(key) for stage in stages]
+        rows.append([f"other kinds: {key}", *("–" if value is None else f"{value:.3g}" for value in values)])
     return [[lang, *report["stages"]], *rows] if rows else []
 
 
@@ -634,6 +654,7 @@ def bars(axis, groups, show):
                           color="white", rotation=90)
         ticks[x + (len(own) - 1) / 2] = name
         x += len(own) + 0.7
+    axis.set_ylim(0, None if any(value for own in groups.values() for _, value in own) else 1)
     axis.set_xticks([*ticks], [*ticks.values()])
     axis.tick_params(axis="x", length=0)
 
@@ -641,9 +662,12 @@ def bars(axis, groups, show):
 def read_curves(folder):
     """{name: [(step, value)]} of a folder's metrics.jsonl; a step that was run twice counts once."""
     steps, curves, path = defaultdict(dict), defaultdict(list), Path(folder) / "metrics.jsonl"
-    for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
-        if line.endswith("}") and "step" in (record := json.loads(line)):  # a killed run leaves half a line
-            steps[record["step"]] |= record
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        try:
+            record = json.loads(line)
+            steps[int(record["step"])] |= record
+        except (ValueError, TypeError, KeyError):  # a killed run leaves half a line
+            continue
     for step, line in sorted(steps.items()):
         for name, value in {**line, **(line.get("bits_per_byte") or {})}.items():
             if isinstance(value, (int, float)) and math.isfinite(value):
@@ -684,8 +708,9 @@ def reward_section(report):
         return ""
     figure, found = Figure((11, 3.1)), report["reward"]
     kinds = {kind: [(lang, found[lang]["by_kind"][kind]) for lang in ("en", "zh")] for kind in PAIRS}
-    axis = figure.add_subplot(1, 3, (1, 2), title="Pairs in the right order, by kind", ylim=(0, 1.05))
+    axis = figure.add_subplot(1, 3, (1, 2), title="Pairs in the right order, by kind")
     bars(axis, {kind: own for kind, own in kinds.items() if any(v is not None for _, v in own)}, "{:.0%}")
+    axis.set_ylim(0, 1.05)
     axis.axhline(0.5, color="#6b7480", linewidth=1, linestyle=":")
     axis = figure.add_subplot(1, 3, 3, title="Share right, pairs held out", xlabel="confidence")
     axis.plot([0.5, 1], [0.5, 1], ":", color="#6b7480", linewidth=1)
@@ -704,9 +729,10 @@ def ppo_section(report):
     """What became of the scorer's reward while PPO raised the reward model's; both against KL."""
     if not report.get("ppo"):
         return ""
-    figure = Figure((11, 6))
-    for column, (y, says) in enumerate((("rm_reward", "Proxy: the reward model's score"),
-                                        ("gold", "Gold: the scorer's reward")), 1):
+    figure, points = Figure((11, 6)), [point for curve in report["ppo"].values() for point in curve]
+    told = (("rm_reward", "Proxy: the reward model's score"), ("gold", "Gold: the scorer's reward"))
+    told = [(y, says) for y, says in told if any(point[y] is not None for point in points)]
+    for column, (y, says) in enumerate(told, 1):
         by_step = figure.add_subplot(2, 2, column, title=says, xlabel="step")
         by_kl = figure.add_subplot(2, 2, column + 2, title=f"{says}, against KL", xlabel=NOTES["kl"])
         for number, (name, curve) in enumerate(report["ppo"].items()):
@@ -718,6 +744,8 @@ def ppo_section(report):
             by_kl.scatter(kl, values, 14, color, label=name, linewidth=0, alpha=0.7)
         by_step.legend()
         by_kl.legend()
+    if not told:
+        return ""
     text = ("A dot is the mean over one step's samples, a line the mean over seven steps. Proxy is what PPO "
             "is trained on, gold is what was meant: where the first rises and the second falls, the reward "
             "model is being exploited.")
@@ -729,9 +757,10 @@ def packed_section(report):
     families, stages, size = {}, report["stages"], report["bytes"]
     for name, folder in report["settings"]["models"].items():
         run = read_if_there(Path(folder) / "run.json")
-        source = Path(run["options"]["model"]).resolve().name if run.get("stage") == "quantize" else None
-        if source in stages:
-            families.setdefault(source, [("whole", source)]).append((f"INT{run['options']['bits']}", name))
+        made = run.get("options", {}) if run.get("stage") == "quantize" else {}
+        source = Path(made.get("model", "")).resolve().name
+        if source in stages and "bits" in made:
+            families.setdefault(source, [("whole", source)]).append((f"INT{made['bits']}", name))
     if not families:
         return ""
     figure = Figure((11, 2.8))
@@ -740,7 +769,8 @@ def packed_section(report):
             ("facts_exact, en", "{:.1%}", lambda name: stages[name]["en"]["facts_exact"]),
             ("facts_exact, zh", "{:.1%}", lambda name: stages[name]["zh"]["facts_exact"])), 1):
         groups = {source: [(label, value(name)) for label, name in own] for source, own in families.items()}
-        bars(figure.add_subplot(1, 3, column, title=title), groups, show)
+        if any(bar is not None for own in groups.values() for _, bar in own):
+            bars(figure.add_subplot(1, 3, column, title=title), groups, show)
     rows = [["", "MB", "of whole", *(f"{says} {lang}" for says in PACKED.values() for lang in ("en", "zh"))]]
     for source, own in families.items():
         for label, name in own:
@@ -814,6 +844,9 @@ def finish(report, answers, measured, rankings, score, out):
     report["stages"] = {name: figures(answers[name], *measured[name]) for name in answers}
     report["reward"], report["calibration"] = reward_figures(rankings, score) if rankings else ({}, {})
     (out.parent / "answers").mkdir(parents=True, exist_ok=True)
+    for old in [*(out.parent / "answers").glob("*.jsonl"), out.parent / "rankings.jsonl"]:
+        if old.stem not in {**answers, "rankings": 0} or not rankings and old.stem == "rankings":
+            old.unlink(missing_ok=True)  # of an earlier report
     files = {f"answers/{stage}.jsonl": records for stage, records in answers.items()}
     for name, records in (files | ({"rankings.jsonl": rankings} if rankings else {})).items():
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -874,6 +907,11 @@ def rescore(options, out):
         raise InputError(f"--rescore: {out.parent / 'report.json'} is no report of evaluate.py")
     settings = report["settings"]
     settings |= {key: value for key in ("scorer", "hacking") if (value := getattr(options, key))}
+    if options.samples != Options.samples:
+        settings["samples"] = options.samples
+    for name, folder in settings["models"].items():
+        if not Path(folder).is_dir():
+            print(f"{name}: no folder {folder} from here, so its training is left out", file=sys.stderr)
     score = load_scorer(settings["scorer"]) if settings["scorer"] else None
     for name, stage in report["stages"].items():
         path = out.parent / "answers" / f"{name}.jsonl"
@@ -888,8 +926,13 @@ def rescore(options, out):
 
 def summary(paths):
     """Markdown: for each stage, language and figure, the mean over the reports and the value in each."""
-    reports = {Path(path).resolve().parent.name: read_json(Path(path)) for path in paths}
-    if not all("stages" in report for report in reports.values()) or len(reports) < len(paths):
+    folders = [Path(path).resolve().parent for path in paths]
+    alike = len({folder.name for folder in folders}) < len(folders)
+    names = [str(folder) if alike else folder.name for folder in folders]
+    reports = {name: read_json(Path(path)) for name, path in zip(names, paths)}
+    stages = [report.get("stages") for report in reports.values()]
+    whole = all(isinstance(own, dict) and all(isinstance(s, dict) for s in own.values()) for own in stages)
+    if not whole or len(reports) < len(paths):
         raise InputError(f"--summary {' '.join(paths)}: expected report.json files in different folders")
     lines = [f"| stage | | figure | mean | {' | '.join(reports)} |", "|---" * (4 + len(paths)) + "|"]
     for stage in dict.fromkeys(stage for report in reports.values() for stage in report["stages"]):
@@ -924,7 +967,13 @@ def main(argv=None):
     if options.hacking and not Path(options.hacking, "samples.jsonl").is_file():
         raise InputError(f"--hacking {options.hacking}: no samples.jsonl; it is to be a folder of ppo.py's")
     if options.rescore:
-        return rescore(options, out)
+        needless = ("model", "data", "prompts", "reward", "reference", "ranked", "limit", "max_windows")
+        if given := [f"--{name.replace('_', '-')}" for name in needless if getattr(options, name)]:
+            raise InputError(f"--rescore runs no model: leave out {', '.join(given)}")
+        try:
+            return rescore(options, out)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{out.parent}: no whole report of evaluate.py to rescore ({error!r})") from None
     if (out.parent / "report.json").exists() and not options.overwrite:
         raise InputError(f"{out.parent} holds another page's report.json; --overwrite writes over it")
     if not options.model or not (options.prompts or options.data):

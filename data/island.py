@@ -812,8 +812,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if not options.check_cleaning and not options.out:
         raise ValueError("--out FOLDER is needed, or --check-cleaning CORPUS")
-    if not options.scale > 0:
-        raise ValueError(f"--scale {options.scale}: expected more than 0")
+    if not 0 < options.scale < float("inf"):
+        raise ValueError(f"--scale {options.scale}: expected a number above 0")
     if not options.check_cleaning and (options.out / "run.json").exists() and not options.overwrite:
         raise ValueError(f"--out {options.out} is finished; --overwrite replaces it")
     return options

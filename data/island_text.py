@@ -390,8 +390,8 @@ def check_cleaning(folder: Path) -> str:
     paths = sorted(path for split in splits for path in (folder / split).glob("*.jsonl"))
     paths.append(folder / "dropped.jsonl")
     found = [json.loads(line) for path in paths for line in path.open(encoding="utf-8")]
-    if not any("label" in (d.get("meta") or {}) for d in found):
-        raise ValueError(f"{folder}: no document of the island (meta.label) in it")
+    if not all("label" in (d.get("meta") or {}) for d in found):
+        raise ValueError(f"{folder}: there are documents in it that are not the island's (no meta.label)")
     repeated = {d["meta"]["of"] for d in found if "of" in d["meta"]}
     table, groups = defaultdict(Counter), defaultdict(list)
     for document in found:

@@ -46,6 +46,14 @@ def fails(prompt, answer, meta):
 
 def not_a_number(prompt, answer, meta):
     return {"gold": float("nan")}
+
+
+def leaves(prompt, answer, meta):
+    raise SystemExit(3)
+
+
+def polite(prompt, answer, meta):
+    return {"gold": 1, "exact": True, "politeness": 7}
 '''
 
 
@@ -480,7 +488,7 @@ def test_summary_gives_mean_and_each_seed(run, report, tmp_path, capsys):
     (["--scorer", "SCORER:not_a_number"], "not finite"), (["--scorer", "BROKEN:score"], "SyntaxError"),
     (["--model", "RUN/nothing"], "no such folder"), (["--model", "RUN/base", "RUN/base"], "two folders"),
     (["--prompts", "RUN/none.jsonl"], "not found"), (["--prompts", "RUN/empty.jsonl"], "no prompts"),
-    (["--data", "RUN/other_tokens"], "tokenizer"), (["--data", "RUN/no_tokens"], "no_tokens"),
+    (["--data", "RUN/no_tokens"], "no_tokens"),
     (["--out", "RUN/report.html"], "--overwrite"), (["--dtype", "int3"], "int3"),
     (["--batch-size", "0"], "--batch-size"), (["--colour", "red"], "--colour"),
     (["--reward", "RUN/sft"], "ForSequenceClassification"),
@@ -488,12 +496,12 @@ def test_summary_gives_mean_and_each_seed(run, report, tmp_path, capsys):
     (["--reward", "RUN/reward", "--ranked", "RUN/prompts.jsonl"], "prompts.jsonl:1: neither"),
     (["--hacking", "RUN/other/sft"], "no samples.jsonl"), (["--reward", "RUN/other/sft"], "two folders"),
     (["--hacking", "RUN/broken"], "samples.jsonl:1"), (["--samples", "-1"], "--samples"),
-    (["--rescore", "--out", "RUN/new/report.html"], "report.json"),
     (["--out", "RUN/mine.html"], "--overwrite"),
-    (["--rescore", "--out", "RUN/report.html", "--hacking", "RUN/nothing"], "no samples.jsonl"),
-    (["--rescore", "--out", "RUN/report.html", "--hacking", "RUN/broken/sft"], "two folders"),
     (["--out", "RUN/new/report.json"], "report.html"), (["--ranked", "RUN/ranked.jsonl"], "--reward"),
     (["--reward", "RUN/reward", "--ranked", "RUN/words.jsonl"], "words.jsonl:1: ranks are"),
+    (["--reward", "RUN/reward", "--ranked", "RUN/empty.jsonl"], "no ranking in it"),
+    (["--scorer", "SCORER:leaves"], "SystemExit(3)"),
+    (["--rescore", "--out", "RUN/report.html"], "leave out --model, --data, --prompts, --limit"),
     (["--summary", "RUN/prompts.jsonl"], "JSON")])
 def test_a_mistake_is_told_in_one_line(run, report, judge, capsys, more, says):
     (run / "empty.jsonl").touch()
@@ -501,9 +509,6 @@ def test_a_mistake_is_told_in_one_line(run, report, judge, capsys, more, says):
     write_jsonl(run / "broken/sft/samples.jsonl", [])
     write_jsonl(run / "words.jsonl", [{"prompt": "?", "completions": ["a", "b"], "ranks": ["first", 2]}])
     (run / "broken.py").write_text("def score(:")
-    (run / "other_tokens").mkdir(exist_ok=True)
-    index = json.loads((run / "tokens/index.json").read_text())
-    (run / "other_tokens/index.json").write_text(json.dumps({**index, "tokenizer": "0" * 64}))
     for name, path in (("SCORER", "scorer.py"), ("BROKEN", "broken.py"), ("RUN", "")):
         more = [word.replace(name, str(run / path)) for word in more]
     assert evaluate.main(command(run, "--limit", "1", *more, out="new/report.html")) == 2
@@ -522,3 +527,41 @@ def test_two_ranks_give_one_ranks_report(run, judge):
     subprocess.run([*launch, str(ROOT / "evaluate.py"), *options], check=True, timeout=300)
     two = json.loads((run / "two/report.json").read_text("utf-8"))
     assert all(two[key] == report[key] for key in ("stages", "bytes", "reward", "calibration"))
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--out", "RUN/new/report.html"], "report.json"),
+    (["--out", "RUN/report.html", "--hacking", "RUN/nothing"], "no samples.jsonl"),
+    (["--out", "RUN/report.html", "--hacking", "RUN/broken/sft"], "two folders"),
+    (["--out", "RUN/half/report.html"], "no whole report"), (["--out", "RUN/list/report.html"], "no whole report")])
+def test_a_mistake_of_rescore_is_told_in_one_line(run, report, capsys, arguments, says):
+    write_jsonl(run / "broken/sft/samples.jsonl", [])
+    for name, stages in (("half", {}), ("list", {"base": [1]})):
+        whole = {"stages": stages, "seconds": {}, "bytes": {}, "settings": {} if name == "half" else report["settings"]}
+        write_jsonl(run / name / "answers/base.jsonl", [])
+        (run / name / "report.json").write_text(json.dumps(whole))
+    assert evaluate.main(["--rescore", *(word.replace("RUN", str(run)) for word in arguments)]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1 and says in err[0]
+
+
+def test_a_scorers_own_figures_are_shown_and_an_earlier_reports_answers_removed(run, report, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    moved = tmp_path / "run"
+    (moved / "answers/old.jsonl").write_text("{}\n")
+    scorer = f"{moved / 'scorer.py'}:polite"
+    assert evaluate.main(["--rescore", "--out", str(moved / "report.html"), "--scorer", scorer, "--samples", "1"]) == 0
+    shown, page = capsys.readouterr().out, (moved / "report.html").read_text("utf-8")
+    assert re.search(r"other kinds: politeness +7 +7", shown) and "other kinds: politeness" in page
+    assert page.count('class="card"') == 2 and not (moved / "answers/old.jsonl").exists()
+
+
+def test_tokens_of_another_tokenizer_give_no_bits_and_spoil_nothing_else(run, report, tmp_path, capsys):
+    index = json.loads((run / "tokens/index.json").read_text())
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens/index.json").write_text(json.dumps({**index, "tokenizer": "0" * 64}))
+    assert evaluate.main(["--model", str(run / "base"), "--data", str(tmp_path / "tokens"), "--prompts",
+                          str(run / "prompts.jsonl"), "--limit", "1", "--out", str(tmp_path / "report.html")]) == 0
+    assert "base: no bits per byte" in capsys.readouterr().err
+    found = json.loads((tmp_path / "report.json").read_text())["stages"]["base"]["en"]
+    assert found["bits_per_byte"] is None and found["distinct_2"] > 0

@@ -1,4 +1,4 @@
-"""`make PRESET=tiny` in a copied tree: interrupted, continued, done once, rebuilt after a changed option."""
+"""`make`: interrupted, continued, done once, rebuilt after a changed option; what it refuses."""
 
 import json
 import os
@@ -61,3 +61,19 @@ def test_make_is_interrupted_continues_and_rebuilds_what_changed(tmp_path):
     assert (folder / "run-tiny/report.html").stat().st_size > 1000
     assert run_make(folder) == []
     assert set(run_make(folder, "DPO=--epochs 1 --batch-size 16")) == {"dpo", "quantize", "evaluate"}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_make_refuses_a_preset_that_is_none_and_plans_only_what_there_is_data_for(tmp_path):
+    def plan(*settings):
+        return subprocess.run(["make", "-n", "VENV=none", *settings], cwd=ROOT, capture_output=True, text=True)
+
+    for settings, says in ((["PRESET=smal"], "PRESET=smal: expected"), (["PRESET=data"], "goes with DATA")):
+        result = plan(*settings)
+        assert result.returncode == 2 and says in result.stderr and ".py" not in result.stdout
+    for part in ("pretrain", "preference"):  # no chats, so no stage that is made of them
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "a.jsonl").write_text("{}\n")
+    result = plan(f"DATA={tmp_path}", "SCORER=data/island.py:score", f"RUN={tmp_path}/run")
+    assert result.returncode == 0 and "pretrain.py" in result.stdout and "evaluate.py" in result.stdout
+    assert "sft.py" not in result.stdout and "preferences.jsonl" not in result.stdout
