@@ -371,9 +371,6 @@ def train(options, ranks):
 
 def check_options(options, ranks):
     """Refuse what cannot work before anything is read or written."""
-    if options.batch_size % ranks.world_size:
-        raise InputError(f"--batch-size {options.batch_size} does not divide over "
-                         f"{ranks.world_size} processes")
     if options.offload and (options.parallel == "ddp" or ranks.world_size == 1):
         raise InputError("--offload needs --parallel fsdp, and torchrun with two processes or more")
     if Path(options.model).resolve() == Path(options.out).resolve():

@@ -295,7 +295,7 @@ def export(options, model, tokenizer, valid_set, scores):
 
 def train(options, ranks):
     """The whole run; returns the exit status."""
-    check_options(options, ranks)
+    check_options(options)
     causal, tokenizer = load_folder(options.model, ranks.device)
     if options.max_length > causal.config.max_position_embeddings:
         raise InputError(f"--max-length {options.max_length} is beyond the model's "
@@ -371,11 +371,8 @@ def train(options, ranks):
                       lambda: export(options, model, tokenizer, judged, scores))
 
 
-def check_options(options, ranks):
+def check_options(options):
     """Refuse what cannot work before anything is read or written."""
-    if options.batch_size % ranks.world_size:
-        raise InputError(f"--batch-size {options.batch_size} does not divide over "
-                         f"{ranks.world_size} processes")
     if Path(options.model).resolve() == Path(options.out).resolve():
         raise InputError(f"--out {options.out} is the --model it starts from; choose another --out")
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, strategies as st
 
 import dpo
-from model import Ranks, autocast, load_folder, newest_state
+from model import Ranks, autocast, load_folder, newest_state, read_safetensors
 from test_pretrain import assert_same_run, metrics
 from tiny import ROOT, command_line, environment, launch, preferences, run, tiny, write_jsonl
 from tokenizer import Tokenizer, encode_answer
@@ -176,11 +176,22 @@ def test_stopped_and_resumed_is_bit_exact(tmp_path):
 
 @pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_ranks_equal_one(tmp_path, parallel):
-    assert run("dpo", *dpo_arguments(tmp_path / "one")) == 0
-    result = launch("dpo.py", *dpo_arguments(tmp_path / "two", parallel=parallel), processes=2)
+    settings = {"batch-size": 7}  # a rank has 4 pairs, the other 3
+    assert run("dpo", *dpo_arguments(tmp_path / "one", **settings)) == 0
+    result = launch("dpo.py", *dpo_arguments(tmp_path / "two", parallel=parallel, **settings), processes=2)
     assert result.returncode == 0, result.stderr
     one, two = (metrics(tmp_path / name, "loss", "margin", "valid_loss") for name in ("one", "two"))
     assert len(one) == len(two)
     for left, right in zip(one, two):
         for a, b in zip(left, right):
             assert (a is None and b is None) or b == pytest.approx(a, rel=1e-5, abs=1e-6)
+
+
+def test_patience_stops_early_and_exports_the_best(tmp_path):
+    settings = {"epochs": 40, "lr": 0.3, "eval-every": 2, "patience": 3}
+    assert run("dpo", *dpo_arguments(tmp_path, **settings)) == 0
+    evaluations = [loss for loss, in metrics(tmp_path, "valid_loss") if loss is not None]
+    assert len(evaluations) < 40 and min(evaluations) == evaluations[-4]
+    best = read_safetensors(tmp_path / "state" / "best.safetensors")
+    exported = read_safetensors(tmp_path / "model.safetensors")
+    assert all(torch.equal(best[name], exported[name]) for name in best)

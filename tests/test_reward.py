@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, strategies as st
 
 import reward
-from model import Ranks, RewardModel, autocast, load_folder, newest_state
+from model import Ranks, RewardModel, autocast, load_folder, newest_state, read_safetensors
 from test_pretrain import assert_same_run, metrics
 from tiny import ROOT, command_line, environment, launch, preferences, run, tiny, write_jsonl
 from tokenizer import InputError, Tokenizer, encode_chat, record_ranking
@@ -251,7 +251,7 @@ def test_stopped_and_resumed_is_bit_exact(tmp_path):
 
 
 def test_two_ranks_equal_one(tmp_path):
-    settings = {"micro-batch": 8, "epochs": 2}
+    settings = {"micro-batch": 8, "epochs": 2, "batch-size": 7}  # a rank has 4 prompts, the other 3
     assert run("reward", *reward_arguments(tiny(), tmp_path / "one", **settings)) == 0
     result = launch("reward.py", *reward_arguments(tiny(), tmp_path / "two", **settings), processes=2)
     assert result.returncode == 0, result.stderr
@@ -261,3 +261,13 @@ def test_two_ranks_equal_one(tmp_path):
     for left, right in zip(one, two):
         for a, b in zip(left, right):
             assert (a is None and b is None) or b == pytest.approx(a, rel=1e-5)
+
+
+def test_patience_stops_early_and_exports_the_best(tmp_path):
+    settings = {"epochs": 40, "lr": 0.3, "eval-every": 2, "patience": 3}
+    assert run("reward", *reward_arguments(tiny(), tmp_path, **settings)) == 0
+    evaluations = [loss for loss, in metrics(tmp_path, "valid_loss") if loss is not None]
+    assert len(evaluations) < 40 and min(evaluations) == evaluations[-4]
+    best = read_safetensors(tmp_path / "state" / "best.safetensors")
+    exported = read_safetensors(tmp_path / "model.safetensors")
+    assert all(torch.equal(best[name], exported[name]) for name in best)
