@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from model import (Metrics, Ranks, Stepper, StopSignal, accumulate, autocast, branches, choose_dtype,
                    export_best, fingerprint, finish_run, keep_best, learning_rate, load_folder, load_state,
                    make_optimizer, open_run, pad_rows, parallelize, process_group, reshard,
-                   save_chat_folder, save_state, say, unsharded)
+                   save_chat_folder, save_state, say, stopped_early, unsharded)
 from tokenizer import (InputError, encode_answer, held_out, jsonl_files, name_of, one_line_errors, option,
                        parse_options, read_jsonl, reasons, record_ranking)
 
@@ -336,7 +336,7 @@ def train(options, ranks):
         model.zero_grad(set_to_none=True)
     done, earlier = record["step"], record["seconds"]
     metrics, signal, began = Metrics(options.out, ranks, done, len(steps)), StopSignal(), time.monotonic()
-    early = 0 < options.patience <= record["worse"]  # it had stopped early, and was killed before its end
+    early = stopped_early(options, ranks, record)
     for step in range(done, 0 if early else len(steps)):
         step_began = time.monotonic()
         lr = learning_rate(step, len(steps), options.lr, options.warmup, options.schedule)

@@ -176,8 +176,10 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, G, T so far, D)
+        if self.grouped and mask is not None and T > 1 and q.is_cuda:  # no fused kernel there takes both
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))  # (B, N, T, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                           enable_gqa=self.grouped)  # (B, N, T, D)
+                                           enable_gqa=q.shape[1] != k.shape[1])  # (B, N, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H)
 
 
@@ -1418,7 +1420,7 @@ def stop_ids(folder, tokenizer):
 
 
 def end_at_answers(folder, tokenizer):
-    """Have a folder's eos end answers too: a base model's, which it may be a copy of, ends documents alone."""
+    """Have a folder's eos end answers too: a base model's, which it may be a copy of, ends documents."""
     eos, path = eos_ids(folder), Path(folder) / "generation_config.json"
     if tokenizer.im_end not in (None, *eos):
         other = read_json(path) if path.exists() else {}
@@ -1545,7 +1547,7 @@ def parallelize(model, ranks, how="ddp", dtype="fp32", offload=False, checkpoint
     if how == "ddp":
         ids = [ranks.device.index] if cuda else None
         return nn.parallel.DistributedDataParallel(model.to(ranks.device), device_ids=ids,
-                                                   broadcast_buffers=False, gradient_as_bucket_view=True)
+                                                   gradient_as_bucket_view=True)
     settings = {"mesh": dist.init_device_mesh(ranks.device.type, (ranks.world_size,)),
                 "offload_policy": CPUOffloadPolicy(pin_memory=cuda) if offload else OffloadPolicy()}
     # Inputs are not cast: the residual stream stays in fp32, as it does under autocast.
@@ -1640,7 +1642,8 @@ def choose_compile(options, ranks, run, model, one_step, steps):
             one_step()
             saved = (time.monotonic() - began) * steps * COMPILE_SAVES
             use = saved > COMPILE_SECONDS and ranks.device.type != "mps" and not model.config.sparse_layers
-        run["compile"] = ranks.gather(use and compiler_works(ranks.device))[0]
+        use = ranks.gather(use)[0]  # clocks differ
+        run["compile"] = use and all(ranks.gather(compiler_works(ranks.device)))
         say(ranks, f"torch.compile {'on' if run['compile'] else 'off'}")
         if ranks.first:
             write_json(Path(options.out) / "run.json", run)
@@ -1749,11 +1752,15 @@ def fingerprint(paths):
     return digest.hexdigest()[:16]
 
 
+REFITTED = ("micro_batch", "checkpointing", "offload", "save_every", "peak_tflops")  # for fewer GPUs, say
+
+
 def open_run(stage, options, ranks, inputs):
     """Begin, resume or refuse a run in options.out. Returns (run.json as a dict, the state's folder or None).
 
     run.json keeps the options and a fingerprint of the inputs; a resumed run must have the same (its --steps
-    or --epochs may grow, and --new-data lets the data differ). Raises InputError for an --out that is
+    or --epochs may grow, what changes the result by rounding at most may differ, and with --new-data the data
+    too). Raises InputError for an --out that is
     unfinished, finished, or another run's.
     """
     out = Path(options.out)
@@ -1771,14 +1778,18 @@ def open_run(stage, options, ranks, inputs):
         raise InputError(f"{out / 'run.json'}: not written by this script; choose another --out")
     going_on = old is not None and not options.overwrite
     state = newest_state(out) if going_on else None
-    ranks.sum(0)  # nobody changes the folder before everybody has looked at it
+    if len(set(map(str, ranks.gather((old, state))))) > 1:  # nor is it changed before all have looked at it
+        raise InputError(f"{out}: the processes see different states there; they must share one file system")
     if going_on:
         before = old["options"]
         grown = [k for k in ("steps", "epochs") if k in settings and settings[k] > before.get(k, math.inf)]
-        free = grown + ["data"] * getattr(options, "new_data", False)
+        free = [*grown, *REFITTED, *["data"] * getattr(options, "new_data", False)]
         changed = [k for k in settings if settings[k] != before.get(k) and k not in free]
         if old["finished"] and not (grown and options.resume):
             raise InputError(f"{out}: a finished run; choose another --out, or --overwrite it")
+        if old["finished"] and state is None:
+            raise InputError(f"{out}: a finished run without its state/, which going on needs; "
+                             f"--model {out} with another --out trains it further")
         if not options.resume:
             raise InputError(f"{out}: an unfinished run; go on with --resume, or start again with "
                              "--overwrite")
@@ -1936,6 +1947,13 @@ def read_shards(folder, models):
     return tensors
 
 
+def stopped_early(options, ranks, record):
+    """Whether --patience had stopped the run: it was killed before its end, or is to go on for more steps."""
+    if early := 0 < options.patience <= record["worse"]:
+        say(ranks, f"--patience stopped it after step {record['step']}; it makes no more")
+    return early
+
+
 def keep_best(options, ranks, record, loss, model):
     """After a validation: count those without a new best; with --patience, keep the weights of the best."""
     loss = ranks.gather(loss)[0]  # all ranks must stop at the same step
@@ -1981,7 +1999,10 @@ class Metrics:
         if not ranks.first:
             return
         lines = self.path.read_text("utf-8").split("\n")[:-1] if self.path.exists() else []  # whole ones
-        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]  # up to the state
+        try:
+            kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]  # up to the state
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{self.path}: there are lines in it that are no run's; remove them") from None
         write_whole(self.path, "".join(kept).encode())
         self.file = open(self.path, "a", encoding="utf-8", buffering=1)
         self.bar = tqdm(total=steps, initial=step, disable=not sys.stderr.isatty(), unit="step")
@@ -2116,8 +2137,8 @@ class Chat:
 
     def say(self, text):
         """Answer a message: print it as it comes, and remember both. Ctrl-C ends the answer only."""
+        before, said = list(self.messages), ""
         self.messages.append({"role": "user", "content": text})
-        said = ""
         try:
             for piece in self.answer():
                 said += piece
@@ -2126,7 +2147,8 @@ class Chat:
             pass
         except InputError as error:  # too long a question: the dialogue goes on without it
             print(error, file=sys.stderr)
-            return self.messages.pop()
+            self.messages = before
+            return
         print()
         self.messages.append({"role": "assistant", "content": said})
         self.turn += 1
@@ -2162,6 +2184,8 @@ def read_message():
 @one_line_errors
 def main(argv=None):
     options = parse_options(Options, argv, "model.py")
+    with contextlib.suppress(AttributeError):  # what is not UTF-8 is told by the tokenizer
+        sys.stdin.reconfigure(errors="surrogateescape")
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  arrow keys and history at the prompt, where the system has it
     chat = Chat(options, *load_folder(options.model, pick_device(options.device)))

@@ -26,11 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model import (DTYPES, CausalLM, Config, Experts, Metrics, Stepper, StopSignal, accumulate,
-                   autocast, bits_per_byte, choose_compile, choose_dtype, export_best, fingerprint,
-                   finish_run, generate, keep_best, learning_rate, load_folder, load_state, make_optimizer,
-                   open_run, parallelize, pick_device, process_group, read_config, read_json, reshard,
-                   router_losses, save_folder, save_state, say, spread, unsharded, whole, window_batch)
+from model import (DTYPES, CausalLM, Config, Experts, Metrics, Stepper, StopSignal, accumulate, autocast,
+                   bits_per_byte, choose_compile, choose_dtype, export_best, fingerprint, finish_run,
+                   generate, keep_best, learning_rate, load_folder, load_state, make_optimizer, open_run,
+                   parallelize, pick_device, process_group, read_config, read_json, reshard, router_losses,
+                   save_folder, save_state, say, spread, stopped_early, unsharded, whole, window_batch)
 from tokenizer import InputError, Tokenizer, one_line_errors, option, parse_options, read_tokens
 
 
@@ -266,7 +266,7 @@ def start(options):
         if known.bytes_of.items() - tokenizer.bytes_of.items():
             raise InputError(f"--tokenizer {options.tokenizer}: not the --model's with tokens added: its ids "
                              "stand for other text")
-        resize_embeddings(model, tokenizer.vocab_size)
+        resize_embeddings(model, known, tokenizer)
         changes["vocab_size"] = model.config.vocab_size
         tokenizer.unused_ids = frozenset(range(model.config.vocab_size)) - tokenizer.bytes_of.keys()
     return model, tokenizer, changes
@@ -296,16 +296,20 @@ def change_config(options, config, folder):
     return changes | {"rope_parameters": rope | {"rope_theta": options.rope_theta}}
 
 
-def resize_embeddings(model, vocab_size):
-    """Rows for added tokens in embeddings and head, each the mean of the old ones (Hewitt 2021)."""
-    added = vocab_size - model.config.vocab_size
-    if added > 0:
-        for layer in (model.model.embed_tokens, model.lm_head):
-            mean = layer.weight.data.mean(0, keepdim=True)
-            layer.weight = torch.nn.Parameter(torch.cat([layer.weight.data, mean.expand(added, -1)]))
-        model.config.vocab_size = model.model.embed_tokens.num_embeddings = vocab_size
-        model.lm_head.out_features = vocab_size
-        model.tie_weights()
+def resize_embeddings(model, known, tokenizer):
+    """The added tokens' rows in embeddings and head are the mean of the old ones (Hewitt 2021).
+
+    There may be rows for them already: Qwen's models have more rows than tokens.
+    """
+    old, added = sorted(known.bytes_of), sorted(tokenizer.bytes_of.keys() - known.bytes_of.keys())
+    size = max(model.config.vocab_size, tokenizer.vocab_size)
+    for layer in (model.model.embed_tokens, model.lm_head):
+        weight = layer.weight.data
+        weight = torch.cat([weight, weight.new_zeros(size - len(weight), weight.shape[1])])
+        weight[added] = weight[old].mean(0)
+        layer.weight = torch.nn.Parameter(weight)
+    model.config.vocab_size = model.model.embed_tokens.num_embeddings = model.lm_head.out_features = size
+    model.tie_weights()
 
 
 def add_hooks(options, model):
@@ -405,7 +409,8 @@ def plan(options):
     held = {name: 0 if options.offload else 4 * count // share for name, count in numbers.items()}
     if share > 1:
         held["gathered"] = 4 * (embeddings + (parameters - embeddings) // config.num_hidden_layers)
-    rows = options.micro_batch or -(-options.batch_size // options.gpus)
+    rows = options.batch_size // options.gpus
+    rows = min(options.micro_batch or rows, rows)
     held["activations"] = activation_bytes(config, rows, options.max_length, dtype, options.checkpointing)
     tokens = options.steps * options.batch_size * options.max_length
     flops = tokens * flops_per_token(config, options.max_length)
@@ -489,11 +494,12 @@ def spike(record, loss):
     return high
 
 
-def validate(model, tokenizer, shards, options, context):
-    """{language: bits per byte} of the validation windows, and their mean over languages."""
+def validate(model, tokenizer, shards, options, ranks, context):
+    """{language: bits per byte} of the validation windows, all on every rank, and their mean over languages."""
+    rows = options.micro_batch or options.batch_size // ranks.world_size
     with context(), torch.compiler.set_stance("force_eager"):
         bits = bits_per_byte(model, tokenizer, shards, options.max_length,
-                             options.micro_batch or options.batch_size, options.eval_windows or None)
+                             rows, options.eval_windows or None)
     reshard(model)
     return bits, sum(bits.values()) / len(bits) if bits else math.nan  # no text to predict
 
@@ -544,6 +550,9 @@ def train(options, ranks):
     record = {"step": 0, "tokens": 0, "best": math.inf, "worse": 0, "seconds": 0.0}
     if state:
         record |= load_state(state, {"model": (model, stepper)})
+    data = run["inputs"]["data"]
+    if record.setdefault("data", data) != data:  # another text: its losses do not compare
+        record |= {"data": data, "best": math.inf, "worse": 0, "losses": (0.0, 0.0, 0)}
     say(ranks, f"{len(windows):,} windows, {options.steps * options.batch_size / len(windows):.1f} epochs, "
                f"{ranks.world_size} x {ranks.device}")
     context = functools.partial(autocast, ranks.device, dtype)
@@ -559,7 +568,7 @@ def train(options, ranks):
     peak = peak_flops(options, ranks.device, dtype) * ranks.world_size
     peak /= flops_per_token(model.config, options.max_length)  # tokens a second, could it be reached
     metrics, signal, began = Metrics(options.out, ranks, done, options.steps), StopSignal(), time.monotonic()
-    early = 0 < options.patience <= record["worse"]  # it had stopped early, and was killed before its end
+    early = stopped_early(options, ranks, record)
     for step in range(done, 0 if early else options.steps):
         step_began = time.monotonic()
         lr = learning_rate(step, options.steps, options.lr, options.warmup, options.schedule)
@@ -574,7 +583,7 @@ def train(options, ranks):
                       **figures(sums, train_shards))
         last = step + 1 == options.steps
         if last or (step + 1) % options.eval_every == 0:
-            bits, mean = validate(model, tokenizer, valid_shards, options, context)
+            bits, mean = validate(model, tokenizer, valid_shards, options, ranks, context)
             metrics.write(step + 1, valid_loss=mean, bits_per_byte=bits)
             keep_best(options, ranks, record, mean, model)
             last = last or 0 < options.patience <= record["worse"]
@@ -604,12 +613,11 @@ def check_options(options, ranks):
     for name in () if options.plan else ("data", "out"):
         if not getattr(options, name):
             raise InputError(f"--{name} is missing (see --help)")
-    if options.batch_size % ranks.world_size:
-        raise InputError(f"--batch-size {options.batch_size} does not divide over "
-                         f"{ranks.world_size} processes")
+    processes = options.gpus if options.plan else ranks.world_size
+    if options.batch_size % processes:
+        raise InputError(f"--batch-size {options.batch_size} does not divide over {processes} processes")
     if options.dropout >= 1:
         raise InputError(f"--dropout {options.dropout} must be below 1")
-    processes = options.gpus if options.plan else ranks.world_size
     if options.offload and (options.parallel == "ddp" or processes == 1):
         raise InputError("--offload needs --parallel fsdp, and torchrun with two processes or more")
     if options.model and options.out and Path(options.model).resolve() == Path(options.out).resolve():

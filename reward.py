@@ -22,8 +22,8 @@ import torch.nn.functional as F
 
 from model import (Metrics, RewardModel, Stepper, StopSignal, accumulate, autocast, branches, choose_dtype,
                    export_best, fingerprint, finish_run, keep_best, learning_rate, load_folder, load_state,
-                   make_optimizer, open_run, pad_rows, parallelize, process_group, save_folder, save_state,
-                   say)
+                   make_optimizer, open_run, pad_rows, parallelize, process_group, reshard, save_folder,
+                   save_state, say, stopped_early, unsharded)
 from tokenizer import (InputError, encode_answer, held_out, jsonl_files, one_line_errors, option,
                        parse_options, read_jsonl, reasons, record_ranking, write_whole)
 
@@ -59,6 +59,9 @@ class Options:
     dtype: str = option("precision of matrix products; auto probes what is faster here", "auto",
                         choices=("auto", "fp32", "bf16", "fp16"))
     device: str = option("auto, cpu, cuda or mps", "auto")
+    parallel: str = option("ddp: a rank has all; fsdp: a share of the model", "ddp", choices=("ddp", "fsdp"))
+    offload: bool = option("with fsdp: weights and optimizer wait in the CPU's memory", False)
+    checkpointing: bool = option("compute blocks again in the backward pass instead of keeping them", False)
     resume: bool = option("go on where the run in --out stopped", False)
     overwrite: bool = option("start again, whatever is in --out", False)
 
@@ -261,6 +264,7 @@ def validate(model, rankings, pad, ranks, context, size):
     that of a judge who prefers the longer answer: what a reward model has to beat.
     """
     scores = score_all(model, rankings, pad, ranks.device, context, size or 128)
+    reshard(model)
     margins, longer, loss = [], [], 0.0
     for ranking, own in zip(rankings, scores):
         better, worse, weight = pair_indices([ranking])
@@ -295,8 +299,8 @@ def export(options, model, tokenizer, valid_set, scores):
 
 def train(options, ranks):
     """The whole run; returns the exit status."""
-    check_options(options)
-    causal, tokenizer = load_folder(options.model, ranks.device)
+    check_options(options, ranks)
+    causal, tokenizer = load_folder(options.model)
     if options.max_length > causal.config.max_position_embeddings:
         raise InputError(f"--max-length {options.max_length} is beyond the model's "
                          f"{causal.config.max_position_embeddings}")
@@ -311,6 +315,7 @@ def train(options, ranks):
 
     model, dtype = reward_model(causal, options.seed), choose_dtype(options, ranks, run)
     del causal  # its own head may be large
+    parallel = parallelize(model, ranks, options.parallel, dtype, options.offload, options.checkpointing)
     optimizer = make_optimizer(model, options.lr, options.weight_decay, betas=(0.9, 0.95))
     stepper = Stepper(optimizer, dtype, options.clip)
     record = {"step": 0, "tokens": 0, "best": math.inf, "worse": 0, "seconds": 0.0}
@@ -323,7 +328,6 @@ def train(options, ranks):
     held = valid_set[0] is not train_set[0]
     if not held:
         say(ranks, "none of them is held out, so one is validated on that is trained on: see --valid")
-    parallel = parallelize(model, ranks)
 
     def context():
         return autocast(ranks.device, dtype)
@@ -337,7 +341,7 @@ def train(options, ranks):
         model.zero_grad(set_to_none=True)
     done, earlier = record["step"], record["seconds"]
     metrics, signal, began = Metrics(options.out, ranks, done, len(steps)), StopSignal(), time.monotonic()
-    early = 0 < options.patience <= record["worse"]  # it had stopped early, and was killed before its end
+    early = stopped_early(options, ranks, record)
     for step in range(done, 0 if early else len(steps)):
         step_began = time.monotonic()
         lr = learning_rate(step, len(steps), options.lr, options.warmup, options.schedule)
@@ -367,12 +371,15 @@ def train(options, ranks):
     export_best(options, ranks, model)
     _, scores = validate(model, valid_set, pad, ranks, context, options.micro_batch)
     judged = valid_set if held else []  # what was trained on would look too good
+    plain = unsharded(model, ranks)
     return finish_run(options, ranks, run | {"left_out": counts}, record,
-                      lambda: export(options, model, tokenizer, judged, scores))
+                      lambda: export(options, plain, tokenizer, judged, scores))
 
 
-def check_options(options):
+def check_options(options, ranks):
     """Refuse what cannot work before anything is read or written."""
+    if options.offload and (options.parallel == "ddp" or ranks.world_size == 1):
+        raise InputError("--offload needs --parallel fsdp, and torchrun with two processes or more")
     if Path(options.model).resolve() == Path(options.out).resolve():
         raise InputError(f"--out {options.out} is the --model it starts from; choose another --out")
 

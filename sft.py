@@ -20,11 +20,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import (Metrics, Stepper, StopSignal, accumulate, add_lora, add_prefix, autocast, choose_compile,
-                   choose_dtype, export_best, fingerprint, finish_run, keep_best, learning_rate,
-                   load_folder, load_state, make_optimizer, merge_lora, open_run, parallelize, prefix_width,
-                   process_group, read_json, reshard, save_adapter, save_chat_folder, save_prefix,
-                   save_state, say, set_prefix, train_rows_only, unsharded)
+from model import (Metrics, Stepper, StopSignal, accumulate, add_lora, add_prefix, autocast,
+                   choose_compile, choose_dtype, export_best, fingerprint, finish_run, keep_best,
+                   learning_rate, load_folder, load_state, make_optimizer, merge_lora, open_run,
+                   parallelize, prefix_width, process_group, read_json, reshard, save_adapter,
+                   save_chat_folder, save_prefix, save_state, say, set_prefix, stopped_early,
+                   train_rows_only, unsharded)
 from tokenizer import (InputError, encode_chat, held_out, jsonl_files, messages_of, one_line_errors, option,
                        parse_options, read_jsonl, read_tokens, reasons)
 
@@ -346,7 +347,7 @@ def train(options, ranks):
     done, earlier = record["step"], record["seconds"]
     choose_compile(options, ranks, run, model, lambda: gradients(0), len(steps) - done)
     metrics, signal, began = Metrics(options.out, ranks, done, len(steps)), StopSignal(), time.monotonic()
-    early = 0 < options.patience <= record["worse"]  # it had stopped early, and was killed before its end
+    early = stopped_early(options, ranks, record)
     for step in range(done, 0 if early else len(steps)):
         step_began = time.monotonic()
         lr = learning_rate(step, len(steps), options.lr, options.warmup, options.schedule)

@@ -1040,6 +1040,11 @@ def one_line_errors(main):
             message, status = str(error), 2
         except OSError as error:
             message, status = f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), 2
+        except (MemoryError, OverflowError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            said = str(error).split("\n")[0] or "out of memory"
+            message, status = f"{said:.160}; some number is too large for this machine", 2
         except KeyboardInterrupt:
             message, status = "interrupted", 130
         except SystemExit as stop:  # argparse's --help

@@ -167,7 +167,6 @@ evaluate.py         | --model missing                     | missing: no such fol
 evaluate.py         | --model corpus                      | corpus: not a model folder
 evaluate.py         | --model base-cut                    | base-cut/model.safetensors: damaged
 evaluate.py         | --data missing                      | missing/index.json
-evaluate.py         | --data tokens-other                 | tokens-other/index.json another tokenizer
 evaluate.py         | --prompts missing                   | missing
 evaluate.py         | --prompts broken.jsonl              | broken.jsonl:3
 evaluate.py         | --prompts number.jsonl              | number.jsonl:1
@@ -179,7 +178,7 @@ evaluate.py         | --scorer sft.jsonl                  | sft.jsonl file.py:fu
 evaluate.py         | --scorer scorer.py:missing          | scorer.py missing
 evaluate.py         | --scorer scorer.py:score            | scorer ZeroDivisionError
 evaluate.py         | --out reported.html                 | reported.html --overwrite
-evaluate.py         | --rescore                           | out/report.json
+evaluate.py         | --rescore                           | leave out --model
 evaluate.py         | --summary missing                   | missing
 evaluate.py         | --batch-size 0                      | --batch-size
 evaluate.py         | --dtype fp8                         | --dtype fp8

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -341,7 +342,7 @@ def test_a_token_that_was_cut_is_never_drawn():
 def test_a_row_of_the_model_that_no_token_has_is_no_text(tmp_path):
     model, tokenizer = m.load_folder(tiny() / "base")
     size = model.config.vocab_size
-    resize_embeddings(model, size + 2)
+    resize_embeddings(model, tokenizer, SimpleNamespace(bytes_of=tokenizer.bytes_of, vocab_size=size + 2))
     m.save_folder(tmp_path, model, tokenizer, {"vocab_size": size + 2})
     _, tokenizer = m.load_folder(tmp_path)
     assert tokenizer.decode([*tokenizer.encode("Hi"), size, size + 1]) == "Hi"
@@ -554,6 +555,14 @@ def test_a_stop_text_is_neither_shown_nor_remembered():
         talk.options.stop = [stop]
         talk.say("The cat")
         assert talk.messages[-1]["content"] == free.split(stop)[0]
+
+
+def test_a_question_too_long_is_told_and_the_dialogue_is_kept(capsys):
+    talk = m.Chat(m.Options(model=str(tiny() / "base"), max_new_tokens=9), *m.load_folder(tiny() / "base"))
+    talk.say("The cat")
+    before = list(talk.messages)
+    talk.say("cat and owl " * 200)
+    assert talk.messages == before and "leaves no room" in capsys.readouterr().err
 
 
 def test_what_is_quoted_is_no_command(monkeypatch):

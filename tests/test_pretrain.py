@@ -229,7 +229,8 @@ def test_a_run_that_fails_leaves_the_state_that_it_was_writing(tmp_path, capsys)
 
 def test_a_validation_without_text_has_no_figure_and_is_not_the_best():
     model, tokenizer = load_folder(tiny() / "base")
-    bits, mean = pretrain.validate(model, tokenizer, [], options_of(), lambda: autocast(ONE.device, "fp32"))
+    context = lambda: autocast(ONE.device, "fp32")
+    bits, mean = pretrain.validate(model, tokenizer, [], options_of(), ONE, context)
     assert bits == {} and np.isnan(mean)
 
 
@@ -253,6 +254,21 @@ def test_changed_data_is_refused_unless_it_is_said(tmp_path, capsys):
                "--new-data") == 0
     options["steps"] = 10
     assert run("pretrain", *pretrain_arguments(tiny(), tmp_path / "out", **options), "--resume") == 0
+
+
+def test_the_best_on_other_data_is_no_best_on_new_data(tmp_path):
+    shutil.copytree(tiny() / "tokens", tmp_path / "tokens")
+    options = {"steps": 4, "eval-every": 2, "patience": 9, "data": tmp_path / "tokens"}
+    assert run("pretrain", *pretrain_arguments(tiny(), tmp_path / "out", **options)) == 0
+    before = load_file(tmp_path / "out" / "state" / "best.safetensors")
+    for file in (tmp_path / "tokens").glob("*/*.bin"):  # text that is harder: in no order
+        tokens = np.fromfile(file, "<u2")
+        np.random.default_rng(1).permutation(tokens).tofile(file)
+    options["steps"] = 6
+    assert run("pretrain", *pretrain_arguments(tiny(), tmp_path / "out", **options), "--resume", "--new-data") == 0
+    losses = [loss for loss, in metrics(tmp_path / "out", "valid_loss") if loss is not None]
+    after = load_file(tmp_path / "out" / "state" / "best.safetensors")
+    assert losses[2] > min(losses[:2]) and any(not torch.equal(before[k], after[k]) for k in before)
 
 
 def test_two_ranks_equal_one_on_different_rows(tmp_path):
@@ -355,8 +371,15 @@ def test_a_raised_base_makes_room_for_longer_windows(tmp_path, capsys):
     assert model.config.max_position_embeddings == 96 and raw["hidden_size"] == 32
 
 
-def test_added_tokens_start_at_the_mean_and_leave_the_others_alone(tmp_path):
+@pytest.mark.parametrize("rows", [360, 384])  # Qwen's models have rows to spare
+def test_added_tokens_start_at_the_mean_and_leave_the_others_alone(tmp_path, rows):
     shutil.copytree(tiny() / "base", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.embed_tokens.weight"] = torch.nn.functional.pad(
+        weights["model.embed_tokens.weight"], (0, 0, 0, rows - 360), value=7.0)
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    config = read_json(tmp_path / "model" / "config.json") | {"vocab_size": rows}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     shutil.copytree(tiny() / "tokenizer", tmp_path / "longer")
     shutil.copytree(tiny() / "tokens", tmp_path / "tokens")
     own = read_json(tmp_path / "longer" / "tokenizer.json")
@@ -369,9 +392,9 @@ def test_added_tokens_start_at_the_mean_and_leave_the_others_alone(tmp_path):
                                      data=tmp_path / "tokens")) == 0
     (before, _), (after, tokenizer) = load_folder(tmp_path / "model"), load_folder(tmp_path / "out")
     ids = torch.tensor([[0, 40, 50]])
-    torch.testing.assert_close(after(ids)[..., :360], before(ids))
-    torch.testing.assert_close(after.lm_head.weight[360], before.lm_head.weight.mean(0))
-    assert tokenizer.vocab_size == after.config.vocab_size == 361
+    torch.testing.assert_close(after(ids)[..., :360], before(ids)[..., :360])
+    torch.testing.assert_close(after.lm_head.weight[360], before.lm_head.weight[:360].mean(0))
+    assert tokenizer.vocab_size == 361 and after.config.vocab_size == max(rows, 361)
 
 
 @given(rows=st.integers(1, 24), columns=st.integers(1, 24), seed=st.integers(0, 99))
@@ -442,7 +465,10 @@ def test_a_jump_of_the_loss_is_flagged_and_its_noise_is_not():
     losses = [5 * 0.99**i + rng.gauss(0, 0.05) for i in range(300)]
     losses[200] += 2
     losses[250] = float("nan")
-    flagged = [i for i, loss in enumerate(losses) if pretrain.spike(record, loss)]
+    flagged = []
+    for i, loss in enumerate(losses):
+        flagged += [i] * pretrain.spike(record, loss)
+        record = json.loads(json.dumps(record))  # as if stopped and resumed
     assert flagged == [200, 250]
 
 
@@ -487,6 +513,13 @@ def test_micro_batches_and_steps_may_differ_only_where_they_may(tmp_path, capsys
     assert "--lr" in capsys.readouterr().err
     assert run("pretrain", *pretrain_arguments(tiny(), tmp_path, steps=3), "--overwrite") == 0
     assert json.loads((tmp_path / "run.json").read_text())["step"] == 3
+    # Fewer processes want smaller micro-batches.
+    assert run("pretrain", *pretrain_arguments(tiny(), tmp_path, **{"steps": 4, "micro-batch": 2}), "--resume") == 0
+    (tmp_path / "metrics.jsonl").write_bytes(b"\0\0\n")
+    assert run("pretrain", *pretrain_arguments(tiny(), tmp_path, **{"steps": 5, "micro-batch": 2}), "--resume") == 2
+    assert "metrics.jsonl: there are lines" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "state")  # a finished run that cannot go on is not begun anew
+    assert run("pretrain", *pretrain_arguments(tiny(), tmp_path, **{"steps": 6, "micro-batch": 2}), "--resume") == 2
 
 
 def test_overwriting_through_a_link_leaves_no_state_of_the_old_run(tmp_path):
@@ -500,7 +533,7 @@ def test_overwriting_through_a_link_leaves_no_state_of_the_old_run(tmp_path):
     assert newest_state(tmp_path / "out").name == "step-3"
 
 
-def test_patience_stops_early_and_exports_the_best(tmp_path):
+def test_patience_stops_early_and_exports_the_best(tmp_path, capsys):
     arguments = pretrain_arguments(tiny(), tmp_path,
                                    **{"steps": 400, "lr": 0.3, "eval-every": 2, "patience": 3})
     assert run("pretrain", *arguments) == 0
@@ -515,6 +548,7 @@ def test_patience_stops_early_and_exports_the_best(tmp_path):
     assert run("pretrain", *arguments, "--resume") == 0
     assert ((tmp_path / "model.safetensors").read_bytes() == before
             and metrics(tmp_path, "step", "loss") == lines)
+    assert "makes no more" in capsys.readouterr().err
 
 
 def test_training_lowers_bits_per_byte_in_both_languages():

@@ -250,10 +250,12 @@ def test_stopped_and_resumed_is_bit_exact(tmp_path):
     assert (whole / "valid.jsonl").read_bytes() == (parts / "valid.jsonl").read_bytes()
 
 
-def test_two_ranks_equal_one(tmp_path):
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_two_ranks_equal_one(tmp_path, parallel):
     settings = {"micro-batch": 8, "epochs": 2, "batch-size": 7}  # a rank has 4 prompts, the other 3
     assert run("reward", *reward_arguments(tiny(), tmp_path / "one", **settings)) == 0
-    result = launch("reward.py", *reward_arguments(tiny(), tmp_path / "two", **settings), processes=2)
+    arguments = reward_arguments(tiny(), tmp_path / "two", parallel=parallel, **settings)
+    result = launch("reward.py", *arguments, processes=2)
     assert result.returncode == 0, result.stderr
     names = "loss", "accuracy", "tokens", "valid_loss"  # equal tokens: the ranks had different rows
     one, two = (metrics(tmp_path / name, *names) for name in ("one", "two"))
@@ -261,6 +263,10 @@ def test_two_ranks_equal_one(tmp_path):
     for left, right in zip(one, two):
         for a, b in zip(left, right):
             assert (a is None and b is None) or b == pytest.approx(a, rel=1e-5)
+    weights = [read_safetensors(tmp_path / name / "model.safetensors") for name in ("one", "two")]
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, atol=2e-4, rtol=1e-3)
 
 
 def test_patience_stops_early_and_exports_the_best(tmp_path):
