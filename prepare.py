@@ -306,6 +306,7 @@ def find_duplicates(documents: list, threshold: float, load_shingles):
     similarity of the shingles, `load_shingles(document)`, at or above the threshold."""
     fits = [r for r in range(1, 61) if HASHES % r == 0 and 1 - (1 - threshold**r) ** (HASHES // r) >= 0.99]
     rows, first, buckets = max(fits, default=1), {}, defaultdict(list)  # rows to a band: 99 % meet
+    stay, table = [], np.empty((len(documents), HASHES if threshold < 1 else 0), np.uint32)  # their signatures
     for document in documents:
         if first.setdefault(document.key, document) is not document:
             document.verdict = "exact_duplicate", f"of {first[document.key].id}"
@@ -314,9 +315,9 @@ def find_duplicates(documents: list, threshold: float, load_shingles):
             continue
         bands = [hash((document.lang, at, document.signature[at:at + rows].tobytes()))
                  for at in range(0, HASHES, rows)]
-        for other in {other.id: other for band in bands for other in buckets[band]}.values():
-            if np.mean(other.signature == document.signature) < threshold - 0.15:  # 4 standard deviations
-                continue
+        met = np.array(sorted({place for band in bands for place in buckets[band]}), dtype=np.int64)
+        alike = np.mean(table[met] == document.signature, axis=1)  # below: 4 standard deviations
+        for other in (stay[place] for place in met[alike >= threshold - 0.15]):
             a, b = load_shingles(other), load_shingles(document)
             common = len(np.intersect1d(a, b, assume_unique=True))
             if (similarity := common / (len(a) + len(b) - common)) >= threshold:
@@ -324,7 +325,9 @@ def find_duplicates(documents: list, threshold: float, load_shingles):
                 break
         else:
             for band in bands:
-                buckets[band].append(document)
+                buckets[band].append(len(stay))
+            table[len(stay)], document.signature = document.signature, None
+            stay.append(document)
 
 
 def parse_mix(words: list[str]) -> dict:
