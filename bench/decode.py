@@ -4,6 +4,7 @@ memory that each takes for weights, cache and all else, in a process of its own.
     python bench/decode.py [4M 25M 125M]        # on the threads that torch takes
 """
 
+import argparse
 import multiprocessing
 import statistics
 import sys
@@ -81,7 +82,12 @@ def peak_memory(name, size, folder):
 
 
 def main():
-    for size in sys.argv[1:] or SHAPES:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sizes", nargs="*", default=[*SHAPES], metavar="size", help=", ".join(SHAPES))
+    sizes = parser.parse_args().sizes
+    if unknown := [size for size in sizes if size not in SHAPES]:
+        parser.error(f"no size {unknown[0]}: {', '.join(SHAPES)}")
+    for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
             write_model(size, folder)
             run = {name: load(folder) for name, load in LOAD.items()}

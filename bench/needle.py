@@ -88,7 +88,7 @@ def main():
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--lengths", type=int, nargs="+", default=[200, 450, 900])
     asked = parser.parse_args()
-    asked.out, asked.run = Path(asked.out).resolve(), Path(asked.run).resolve()  # stages run in ROOT
+    asked.out, asked.run = asked.out.resolve(), asked.run.resolve()  # stages run in ROOT
     tokenizer = Tokenizer.load(asked.run / "base")
     corpus = {split: texts(asked.run / "corpus" / split / "web.jsonl")
               for split in ("train", "valid", "test")}

@@ -3,6 +3,7 @@
     python bench/step.py  # tokens per second, best and median of the rounds, with versions and settings
 """
 
+import argparse
 import statistics
 import sys
 import time
@@ -38,6 +39,7 @@ def make_step(dtype, compiled, batch):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     ids, targets = torch.randint(20, V, (B, T)), torch.randint(20, V, (B, T))
     positions = (torch.arange(T) % 90).expand(B, T).contiguous()  # packed documents of 90 tokens
     documents = (torch.arange(T) // 90).expand(B, T).contiguous()
