@@ -66,6 +66,8 @@ def references(readme):
 def shorten(words, options):
     """options, less those that SMALL gives too, and more of SMALL's."""
     small = SMALL[" ".join(words)]
+    if "--plan" in options:  # nothing runs
+        return options
     flags = {word for word in small if word.startswith("--")}
     kept, skipping = [], False
     for word in options:
