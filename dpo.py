@@ -155,7 +155,7 @@ def collate(pairs, pad):
     rows = []
     for pair in pairs:
         if pair is None:
-            rows.append([np.array([pad]), np.array([0]), np.array([0]), np.array([-1])])
+            rows.append(np.array([[pad], [0], [0], [-1]]))
             continue
         answers, head = (pair.chosen, pair.rejected), int(np.argmax(pair.chosen.trained)) - 1
         targets = [np.append(np.where(a.trained, a.ids, -1)[head + 1 :], -1) for a in answers]

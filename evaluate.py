@@ -132,10 +132,11 @@ def figures(answers, bits, divergence):
             keys = sorted({key for a in own for key in a["verdict"]})
             by_kind[kind] |= {key: mean(a["verdict"].get(key) for a in own) for key in keys}
         others = defaultdict(list)
-        for a, (key, value) in ((a, item) for a in chats for item in a["verdict"].items()):
-            others[key] += [value] * (key != "gold" and (a["kind"], key) not in counted)
-        others = {key: mean(found) for key, found in others.items() if found}
-        stage[lang] = {**values, "bits_per_byte": bits.get(lang), "others": others, "by_kind": by_kind}
+        for a in chats:
+            for key in [key for key in a["verdict"] if key != "gold" and (a["kind"], key) not in counted]:
+                others[key].append(a["verdict"][key])
+        values["others"] = {key: mean(found) for key, found in others.items()}
+        stage[lang] = {**values, "bits_per_byte": bits.get(lang), "by_kind": by_kind}
     return {**stage, "code": {"bits_per_byte": bits.get("code")}}
 
 
@@ -727,11 +728,12 @@ def reward_section(report):
 
 def ppo_section(report):
     """What became of the scorer's reward while PPO raised the reward model's; both against KL."""
-    if not report.get("ppo"):
-        return ""
-    figure, points = Figure((11, 6)), [point for curve in report["ppo"].values() for point in curve]
+    points = [point for curve in report.get("ppo", {}).values() for point in curve]
     told = (("rm_reward", "Proxy: the reward model's score"), ("gold", "Gold: the scorer's reward"))
     told = [(y, says) for y, says in told if any(point[y] is not None for point in points)]
+    if not told:
+        return ""
+    figure = Figure((11, 6))
     for column, (y, says) in enumerate(told, 1):
         by_step = figure.add_subplot(2, 2, column, title=says, xlabel="step")
         by_kl = figure.add_subplot(2, 2, column + 2, title=f"{says}, against KL", xlabel=NOTES["kl"])
@@ -744,8 +746,6 @@ def ppo_section(report):
             by_kl.scatter(kl, values, 14, color, label=name, linewidth=0, alpha=0.7)
         by_step.legend()
         by_kl.legend()
-    if not told:
-        return ""
     text = ("A dot is the mean over one step's samples, a line the mean over seven steps. Proxy is what PPO "
             "is trained on, gold is what was meant: where the first rises and the second falls, the reward "
             "model is being exploited.")
@@ -844,11 +844,12 @@ def finish(report, answers, measured, rankings, score, out):
     report["stages"] = {name: figures(answers[name], *measured[name]) for name in answers}
     report["reward"], report["calibration"] = reward_figures(rankings, score) if rankings else ({}, {})
     (out.parent / "answers").mkdir(parents=True, exist_ok=True)
-    for old in [*(out.parent / "answers").glob("*.jsonl"), out.parent / "rankings.jsonl"]:
-        if old.stem not in {**answers, "rankings": 0} or not rankings and old.stem == "rankings":
-            old.unlink(missing_ok=True)  # of an earlier report
     files = {f"answers/{stage}.jsonl": records for stage, records in answers.items()}
-    for name, records in (files | ({"rankings.jsonl": rankings} if rankings else {})).items():
+    files |= {"rankings.jsonl": rankings} if rankings else {}
+    for old in [*(out.parent / "answers").glob("*.jsonl"), out.parent / "rankings.jsonl"]:
+        if old.relative_to(out.parent).as_posix() not in files:
+            old.unlink(missing_ok=True)  # of an earlier report
+    for name, records in files.items():
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         write_whole(out.parent / name, lines.encode("utf-8", "replace"))  # meta is not checked
     write_json(out.parent / "report.json", report)

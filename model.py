@@ -1760,8 +1760,7 @@ def open_run(stage, options, ranks, inputs):
 
     run.json keeps the options and a fingerprint of the inputs; a resumed run must have the same (its --steps
     or --epochs may grow, what changes the result by rounding at most may differ, and with --new-data the data
-    too). Raises InputError for an --out that is
-    unfinished, finished, or another run's.
+    too). Raises InputError for an --out that is unfinished, finished, or another run's.
     """
     out = Path(options.out)
     settings = {k: v for k, v in dataclasses.asdict(options).items()

@@ -498,8 +498,7 @@ def validate(model, tokenizer, shards, options, ranks, context):
     """{language: bits per byte} of the validation windows, all on every rank, and their mean over languages."""
     rows = options.micro_batch or options.batch_size // ranks.world_size
     with context(), torch.compiler.set_stance("force_eager"):
-        bits = bits_per_byte(model, tokenizer, shards, options.max_length,
-                             rows, options.eval_windows or None)
+        bits = bits_per_byte(model, tokenizer, shards, options.max_length, rows, options.eval_windows or None)
     reshard(model)
     return bits, sum(bits.values()) / len(bits) if bits else math.nan  # no text to predict
 

@@ -1441,7 +1441,7 @@ def readable(data):
 
 
 def show(argv):
-    if argv and "--text" not in argv:  # it may stand by itself, first or last
+    if argv and not {"--text", "--help", "-h"} & {*argv}:  # the text may stand by itself, first or last
         argv = ["--text", *argv] if not argv[0].startswith("--") else [*argv[:-1], "--text", argv[-1]]
     options = parse_options(ShowOptions, argv, "tokenizer.py show")
     tokenizer, colours = Tokenizer.load(options.tokenizer), sys.stdout.isatty()
