@@ -25,7 +25,7 @@ import torch.nn as nn
 
 from model import (Metrics, RewardModel, Stepper, StopSignal, accumulate, autocast, choose_dtype,
                    fingerprint, finish_run, generate, learning_rate, load_folder, load_state,
-                   make_optimizer, open_run, parallelize, process_group, refuse_untrainable,
+                   make_optimizer, open_run, pad_rows, parallelize, process_group, refuse_untrainable,
                    save_chat_folder, save_state, say, stop_ids)
 from tokenizer import (InputError, encode_chat, held_out, jsonl_files, load_scorer, one_line_errors, option,
                        parse_options, prompt_messages, read_jsonl, reasons, write_whole)
@@ -169,16 +169,14 @@ def collate(answers, pad, width):
     A target is the next token where that one is the answer's, else -1. places[b, a] is where the a-th token
     of answer b is predicted: the position before it, which has not seen it. last is each row's last token.
     """
-    T = -(-max(len(a.ids) for a in answers) // 16) * 16
-    ids, targets = np.full((len(answers), T), pad, np.int64), np.full((len(answers), T), -1, np.int64)
-    places = np.full((len(answers), width), T - 1, np.int64)  # past an answer's end: where nothing is wanted
-    for b, answer in enumerate(answers):
-        n, first = len(answer.ids), len(answer.ids) - answer.length - 1
-        ids[b, :n] = answer.ids
-        targets[b, first : n - 1] = answer.ids[first + 1 :]
-        places[b, : answer.length] = np.arange(first, n - 1)
+    firsts = [len(a.ids) - a.length - 1 for a in answers]
+    rows = [(a.ids, [-1] * first + a.ids[first + 1 :] + [-1]) for a, first in zip(answers, firsts)]
+    ids, targets = pad_rows(rows, (pad, -1))
+    places = np.full((len(answers), width), ids.shape[1] - 1)  # past an answer's end: where nothing is wanted
+    for b, (answer, first) in enumerate(zip(answers, firsts)):
+        places[b, : answer.length] = np.arange(first, first + answer.length)
     last = torch.tensor([len(a.ids) - 1 for a in answers])
-    return torch.from_numpy(ids), torch.from_numpy(targets), torch.from_numpy(places), last
+    return ids, targets, torch.from_numpy(places), last
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -452,8 +452,8 @@ def clean_batch(batch: list, options: Options) -> list[Document]:
     """What a process does: [(path, line number or 0, source, kind, bytes)] -> documents with signatures."""
     documents = []
     for path, number, source, kind, data in batch:
-        origin = Path(path).name.encode("utf-8", "replace").decode()
-        document = Document(text="", source=source, origin=origin, kind=kind, bytes=len(data))
+        name = readable(Path(path).name)
+        document = Document(text="", source=source, origin=name, kind=kind, bytes=len(data))
         try:
             parse(number, data, document)
         except (ValueError, RecursionError) as error:
@@ -489,8 +489,13 @@ def find_files(inputs: list[str], out: Path) -> list[tuple[Path, str, str]]:
             stem = regex.sub(r"(?i)\.(txt|jsonl)(\.gz)?$", "", file.name)
             kind = next((part for part in (stem, *reversed(folders)) if part in KINDS), "")
             source = folders[-1] if path.is_dir() and tokenizer.is_text(file) else stem
-            files.append((file, source.encode("utf-8", "replace").decode(), kind))  # a name may be in GBK
+            files.append((file, readable(source), kind))
     return files
+
+
+def readable(name: str) -> str:
+    """A file's name that can be written: of one in GBK, what is not UTF-8 is a question mark."""
+    return name.encode("utf-8", "replace").decode()
 
 
 def read_batches(files: list, progress, size: int = 1 << 19):
